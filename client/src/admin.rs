@@ -7,3 +7,6 @@
 mod cluster;
 mod keyspace;
 mod operation;
+mod relocate;
+
+pub use self::relocate::{EmptyOptions, RestoreOptions};

@@ -46,6 +46,7 @@ mod tuning;
 mod value;
 mod watch;
 
+pub use admin::{EmptyOptions, RestoreOptions};
 pub use answer::{Answer, Operation, OperationState};
 pub use batch::{Batch, WriteOptions};
 pub use bytes::Bytes;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use support::Cluster;
 use tonic::Status;
-use vasto_client::{Ack, ErrorKind, KeyspaceSpec, OperationState};
+use vasto_client::{Ack, ErrorKind, KeyspaceSpec, OperationState, RestoreOptions};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 
@@ -170,6 +170,11 @@ async fn a_resize_is_waited_for() {
     assert_eq!(vasto.plan_restore("ks1", "ks2", None, true).await.unwrap().bytes_moved, 7);
     cluster
         .answer("empty_node", Ok(r#"{"kind":"replace","from":"n-1","to":null,"refused":"full"}"#));
+    cluster.answer("restore_keyspace", Ok(r#"{"kind":"restore","bytes_moved":7}"#));
+    let restore = RestoreOptions { from_bucket: true, max_rate: Some(9_000), at_us: None };
+    assert_eq!(vasto.plan_restore_with("ks1", "ks2", restore).await.unwrap().bytes_moved, 7);
+    let said = |what: &str| cluster.state.lock().calls.last().unwrap().contains(what);
+    assert!(said("max_rate: Some(9000)") && said("from_bucket: true") && said("plan_only: true"));
     let plan = vasto.plan_emptying_node("n-1", None, false).await.unwrap();
     assert_eq!((plan.refused.as_deref(), &plan.to), (Some("full"), &None));
     assert!(cluster.state.lock().calls.last().unwrap().contains("plan_only: true"));
@@ -192,7 +197,11 @@ async fn a_rebalance_is_planned_and_begun() {
     cluster.answer("rebalance", Ok(r#"{"id":"rebalance-9","state":"done","balanced":true}"#));
     let begun = vasto.start_rebalance().await.unwrap();
     assert_eq!((begun.id.as_str(), begun.balanced), ("rebalance-9", Some(true)));
-    assert!(cluster.state.lock().calls.last().unwrap().contains("plan_only: false"));
+    let said = |what: &str| cluster.state.lock().calls.last().unwrap().contains(what);
+    assert!(said("plan_only: false") && said("max_rate: None"));
+    cluster.answer("rebalance", Ok(r#"{"id":"rebalance-9","state":"running"}"#));
+    vasto.start_rebalance_at(Some(9_000)).await.unwrap();
+    assert!(said("plan_only: false") && said("max_rate: Some(9000)"));
 }
 
 #[tokio::test]

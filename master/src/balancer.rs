@@ -101,7 +101,7 @@ impl Balancer {
         self.uneven = uneven;
         if is_due {
             tracing::info!("the cluster is out of balance");
-            if let Err(error) = begin(&cluster).await {
+            if let Err(error) = begin(&cluster, None).await {
                 tracing::warn!(
                     error = error.message,
                     "the rebalance has not begun; it is tried again"
@@ -115,6 +115,10 @@ impl Balancer {
         let cluster = self.cluster.clone();
         let is_old = self.asked.is_none_or(|at| at.elapsed() >= ASK_BUCKET);
         if is_old && self.ask_bucket().await {
+            return;
+        }
+        // Nothing begins, and it does not end: what is left is told once it goes on.
+        if running.paused {
             return;
         }
         let Some((picture, waits)) = picture_of(&cluster) else { return };

@@ -24,7 +24,7 @@ use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
 use vasto_core::reconcile::Advance;
 
-pub(crate) use self::change::{changed, has_ended, start};
+pub(crate) use self::change::{changed, has_ended, pace_error, start};
 pub(crate) use self::entry::{adopt, adopt_all, install, look_up};
 use self::write::Written;
 use crate::cluster::{Cluster, nonce, now_us};
@@ -158,12 +158,13 @@ impl KeyspaceDriver {
     /// Writes the next version until there is none.
     async fn drive(&mut self) -> Written {
         loop {
-            let (next, hold) = {
+            let (next, hold, pauses) = {
                 let mut state = self.cluster.state();
                 match state.decide(self.keyspace, self.cluster.mono_us(), now_us(), nonce()) {
                     Advance::Write(next) => {
                         let hold = state.hold_places(&next);
-                        (next, hold)
+                        let pauses = state.pauses_moves(&next);
+                        (next, hold, pauses)
                     }
                     Advance::Idle => {
                         self.note_waiting(&mut state, None);
@@ -176,8 +177,9 @@ impl KeyspaceDriver {
                 }
             };
             let held = hold.map(|hold| self.cluster.hold_places(hold));
-            // The newest settings decide which nodes may get a replica.
-            if held.is_some() && self.cluster.refresh_settings().await {
+            // The newest settings decide which nodes may get a replica, and whether a rebalance is
+            // paused: another master may have resumed it.
+            if (held.is_some() || pauses) && self.cluster.refresh_settings().await {
                 continue;
             }
             if self.write(*next).await == Written::Stopping {
@@ -217,7 +219,8 @@ impl KeyspaceDriver {
                     now_us(),
                     nonce(),
                 );
-                next.map(|next| {
+                next.map(|mut next| {
+                    state.follow_wholes(&mut next);
                     let hold = state.hold_places(&next);
                     (next, hold)
                 })

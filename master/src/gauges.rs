@@ -67,11 +67,7 @@ pub(crate) fn observe(cluster: &Arc<Cluster>) {
         )
         .with_callback(move |observer| {
             let Some(cluster) = running(&weak) else { return };
-            let stuck = {
-                let state = cluster.state();
-                let watched = state.active().filter_map(|keyspace| keyspace.watch.as_ref());
-                watched.filter(|watch| watch.trouble.is_some()).count()
-            };
+            let stuck = cluster.state().stuck();
             observer.observe(stuck as u64, &[]);
         })
         .build();

@@ -27,6 +27,8 @@ pub(crate) mod tests;
 mod trouble;
 mod versions;
 mod watch;
+mod whole_watch;
+mod wholes;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -44,6 +46,7 @@ use self::revisions::Revisions;
 pub(crate) use self::sessions::{Odd, Registration, Sent};
 pub(crate) use self::trouble::Trouble;
 pub(crate) use self::watch::{PlanWatch, StepBytes, sources, targets};
+use self::whole_watch::WholeWatch;
 use crate::loads::Loads;
 
 /// The whole state of the master.
@@ -72,6 +75,8 @@ pub(crate) struct ClusterState {
     pub(crate) settings: Arc<ClusterSettings>,
     /// How far the running rebalance has come.
     pub(crate) rebalance: RebalanceLook,
+    /// Whether the running rebalance goes on.
+    pub(crate) rebalance_watch: WholeWatch,
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) examined: std::cell::Cell<u64>,

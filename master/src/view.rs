@@ -16,6 +16,7 @@ pub(crate) mod rebalance;
 pub(crate) mod status;
 #[cfg(test)]
 mod tests;
+mod whole;
 
 use serde::{Serialize, Serializer};
 

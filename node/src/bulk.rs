@@ -136,13 +136,12 @@ impl BulkGate {
         self.shared.budget.lock().set_rate((rate > 0).then_some(rate), Instant::now());
     }
 
-    /// Takes over the pace of the running plan of a keyspace, and lets through what others have
-    /// under way: they have ended.
+    /// Takes over the pace of the running plans of a keyspace, those of its moves included, and lets
+    /// through what others have under way: they have ended.
     pub(crate) fn apply(&self, catalog: &Catalog) {
         let mut plans = self.plans.lock();
-        let running = catalog.plan.as_ref();
         plans.retain(|(keyspace, id), gate| {
-            let stays = *keyspace != catalog.keyspace || running.is_some_and(|plan| plan.id == *id);
+            let stays = *keyspace != catalog.keyspace || catalog.plans().any(|plan| plan.id == *id);
             if !stays {
                 gate.set(Pace::default());
                 let moved = gate.moved.load(Ordering::Relaxed);
@@ -150,7 +149,7 @@ impl BulkGate {
             }
             stays
         });
-        if let Some(plan) = running {
+        for plan in catalog.plans() {
             let gate = plans
                 .entry((catalog.keyspace, plan.id))
                 .or_insert_with(|| Arc::new(PlanGate::new(self.shared.clone())));
@@ -300,8 +299,8 @@ pub(crate) fn wait_while_paused(bucket: &Bucket, cancel: &CancellationToken) {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use vasto_core::catalog::KeyspaceSpec;
-    use vasto_core::ids::NodeId;
-    use vasto_core::reconcile::{Pace as Asked, set_pace, start_resize};
+    use vasto_core::ids::{NodeId, ShardId};
+    use vasto_core::reconcile::{MoveOrder, Pace as Asked, set_pace, start_moves, start_resize};
 
     use super::*;
 
@@ -373,6 +372,34 @@ mod tests {
         gate.apply(&running);
         assert!(held.await, "it says that it waited for the end of a pause");
         assert_eq!(moved(), (20, 30));
+    }
+
+    #[tokio::test]
+    async fn each_move_has_an_entry_of_its_own() {
+        let spec = KeyspaceSpec { shards: 2, ..KeyspaceSpec::default() };
+        let nodes = [vec![NodeId(1)], vec![NodeId(2)]];
+        let first = Catalog::first(KEYSPACE, "ks", spec, &nodes, 1, 1);
+        let order = |shard: u32| MoveOrder {
+            shard: ShardId(shard),
+            replica: ReplicaId(u64::from(shard) + 1),
+            to: NodeId(3),
+        };
+        let moving = start_moves(&first, &[order(0), order(1)], 7, 2, 2).unwrap();
+        let paused = paced(&moving, Asked::Pause);
+        assert_eq!(paused.moves.iter().filter(|one| one.plan.paused).count(), 1);
+        let gate = Arc::new(BulkGate::default());
+        gate.apply(&paused);
+        let one = gate.of(KEYSPACE, PLAN);
+        let made = paused.moves[0].plan.targets[0].replica;
+        assert!(one.is_paused() && gate.uploads_of(KEYSPACE, made).is_paused());
+        let mut held = std::pin::pin!(one.pass(1));
+        assert!(futures::poll!(&mut held).is_pending());
+        let other = gate.of(KEYSPACE, moving.moves[1].id());
+        assert!(!other.is_paused() && !other.pass(1).await);
+        gate.apply(&moving);
+        assert!(held.await);
+        gate.apply(&first);
+        assert!(gate.plans.lock().is_empty(), "they have ended");
     }
 
     #[tokio::test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use vasto_client::{
-    Vasto,
+    EmptyOptions, Vasto,
     answer::{Bill, ClusterCheck, ClusterStatus, Finding, NodeStatus},
 };
 
@@ -20,32 +20,30 @@ use crate::{
 /// An error of the cluster.
 pub(crate) async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()> {
     let vasto = connect::connect(&args.connect).await?;
-    let (started, no_wait) = match &args.command {
+    let (node, options, plan, no_wait) = match &args.command {
         NodeCommand::List => return list_nodes(&vasto, format).await,
         NodeCommand::Cordon(which) => return cordon(&vasto, &which.node, true, format).await,
         NodeCommand::Uncordon(which) => return cordon(&vasto, &which.node, false, format).await,
-        NodeCommand::Replace(replace) if replace.plan => {
-            let with = replace.with.as_deref();
-            let planned = vasto.plan_emptying_node(&replace.node, with, true).await;
-            return print(&planned.map_err(connect::failure)?, format, plan::text_of);
+        NodeCommand::Replace(args) => {
+            let options = EmptyOptions {
+                to: args.with.clone(),
+                replace: true,
+                accept_loss: args.accept_loss,
+                max_rate: args.max_rate,
+            };
+            (&args.node, options, args.plan, args.no_wait)
         }
-        NodeCommand::Drain(drain) if drain.plan => {
-            let planned = vasto.plan_emptying_node(&drain.node, None, false).await;
-            return print(&planned.map_err(connect::failure)?, format, plan::text_of);
-        }
-        NodeCommand::Replace(replace) if replace.accept_loss => (
-            vasto.start_giving_up_node(&replace.node, replace.with.as_deref()).await,
-            replace.no_wait,
-        ),
-        NodeCommand::Replace(replace) => (
-            vasto.start_emptying_node(&replace.node, replace.with.as_deref(), true).await,
-            replace.no_wait,
-        ),
-        NodeCommand::Drain(drain) => {
-            (vasto.start_emptying_node(&drain.node, None, false).await, drain.no_wait)
+        NodeCommand::Drain(args) => {
+            let options = EmptyOptions { max_rate: args.max_rate, ..EmptyOptions::default() };
+            (&args.node, options, args.plan, args.no_wait)
         }
     };
-    resize::wait(&vasto, started.map_err(connect::failure)?, no_wait, format).await
+    if plan {
+        let planned = vasto.plan_emptying_node_with(node, options).await;
+        return print(&planned.map_err(connect::failure)?, format, plan::text_of);
+    }
+    let started = vasto.start_emptying_node_with(node, options).await.map_err(connect::failure)?;
+    resize::wait(&vasto, started, no_wait, format).await
 }
 
 async fn cordon(

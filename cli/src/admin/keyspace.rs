@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use vasto_client::{
-    KeyspaceSpec, Vasto,
+    KeyspaceSpec, RestoreOptions, Vasto,
     answer::{KeyspaceDescription, KeyspaceSummary},
 };
 
@@ -79,14 +79,13 @@ async fn restore(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     let at_us = args.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
+    let (from_bucket, max_rate) = (args.from_bucket, args.max_rate);
+    let options = RestoreOptions { at_us, from_bucket, max_rate };
     if args.plan {
-        let planned = vasto.plan_restore(&args.name, &args.into, at_us, args.from_bucket).await;
+        let planned = vasto.plan_restore_with(&args.name, &args.into, options).await;
         return print(&planned.map_err(connect::failure)?, format, plan::text_of);
     }
-    let started = match args.from_bucket {
-        true => vasto.start_restore_from_bucket(&args.name, &args.into, at_us).await,
-        false => vasto.start_restore(&args.name, &args.into, at_us).await,
-    };
+    let started = vasto.start_restore_with(&args.name, &args.into, options).await;
     let started = started.map_err(connect::failure)?;
     for absent in &started.without {
         eprintln!(

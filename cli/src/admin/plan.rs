@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vasto_client::answer::ChangePlan;
+use vasto_client::answer::{ChangeCost, ChangePlan, ChangeRequests, NodeDisk};
 
 use super::text;
 use crate::output::{format_bytes, format_count, format_duration, table};
@@ -20,29 +20,52 @@ pub(super) fn text_of(plan: &ChangePlan) -> String {
         ]
     });
     let headings = ["KEYSPACE", ">SHARD", "NODE", ">KEYS", ">BYTES", ">BYTES TO MOVE"];
-    let mut out = format!("{}; nothing was changed\n\n{}", heading(plan), table(&headings, rows));
-    if !plan.disk_needed.is_empty() {
-        let rows = plan.disk_needed.iter().map(|disk| {
-            let free = text(disk.free.map(format_bytes));
-            vec![disk.node_id.clone(), format_bytes(disk.bytes), free]
-        });
-        out += &format!("\n{}", table(&["NODE", ">DISK NEEDED", ">FREE"], rows));
+    let out = format!("{}; nothing was changed\n\n{}", heading(plan), table(&headings, rows));
+    let (moved, read) = (format_bytes(plan.bytes_moved), format_bytes(plan.bytes_from_bucket));
+    let takes = Takes {
+        disk: &plan.disk_needed,
+        requests: plan.requests,
+        seconds: plan.seconds,
+        cost: &plan.cost,
+        refused: plan.refused.as_deref(),
+    };
+    out + &takes.text(&format!("{moved} to the targets, {read} from the bucket"))
+}
+
+/// What any change takes.
+pub(super) struct Takes<'a> {
+    pub(super) disk: &'a [NodeDisk],
+    pub(super) requests: ChangeRequests,
+    pub(super) seconds: f64,
+    pub(super) cost: &'a ChangeCost,
+    pub(super) refused: Option<&'a str>,
+}
+
+impl Takes<'_> {
+    /// Formats the disk that is needed meanwhile, the sum, whose bytes are `all`, and why the change
+    /// would be refused, if it would.
+    pub(super) fn text(&self, all: &str) -> String {
+        let mut out = String::new();
+        if !self.disk.is_empty() {
+            let rows = self.disk.iter().map(|disk| {
+                let free = text(disk.free.map(format_bytes));
+                vec![disk.node_id.clone(), format_bytes(disk.bytes), free]
+            });
+            out += &format!("\n{}", table(&["NODE", ">DISK NEEDED", ">FREE"], rows));
+        }
+        out += &format!(
+            "\nin all about {all}, {} reads and {} writes there, {}; {} {}\n",
+            format_count(self.requests.get),
+            format_count(self.requests.put),
+            text(Duration::try_from_secs_f64(self.seconds).ok().map(format_duration)),
+            amount(self.cost.amount),
+            self.cost.currency,
+        );
+        if let Some(reason) = self.refused {
+            out += &format!("it would be refused: {reason}\n");
+        }
+        out
     }
-    let requests = plan.requests;
-    out += &format!(
-        "\nin all about {} to the targets, {} from the bucket, {} reads and {} writes there, {}; {} {}\n",
-        format_bytes(plan.bytes_moved),
-        format_bytes(plan.bytes_from_bucket),
-        format_count(requests.get),
-        format_count(requests.put),
-        text(Duration::try_from_secs_f64(plan.seconds).ok().map(format_duration)),
-        amount(plan.cost.amount),
-        plan.cost.currency,
-    );
-    if let Some(reason) = &plan.refused {
-        out += &format!("it would be refused: {reason}\n");
-    }
-    out
 }
 
 fn heading(plan: &ChangePlan) -> String {
@@ -60,7 +83,7 @@ fn heading(plan: &ChangePlan) -> String {
 }
 
 /// Formats an amount of money, which may be far below a cent.
-pub(super) fn amount(amount: f64) -> String {
+fn amount(amount: f64) -> String {
     if amount == 0.0 || amount >= 0.01 { format!("{amount:.2}") } else { format!("{amount:.6}") }
 }
 

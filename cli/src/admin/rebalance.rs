@@ -1,17 +1,15 @@
 //! `vasto cluster rebalance`: plans it, or starts it, follows it, and prints the report.
 
-use std::time::Duration;
-
 use vasto_client::{
     OperationState, Vasto,
     answer::{PlannedMove, RebalancePlan},
 };
 
-use super::{plan::amount, print, resize, text};
+use super::{plan::Takes, print, resize};
 use crate::{
     args::ClusterRebalance,
     connect,
-    output::{OutputFormat, format_bytes, format_count, format_duration, table},
+    output::{OutputFormat, format_bytes, format_count, table},
 };
 
 /// The most steps that a plan shows.
@@ -27,10 +25,10 @@ pub(crate) async fn run(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     if args.plan {
-        let plan = vasto.plan_rebalance().await.map_err(connect::failure)?;
+        let plan = vasto.plan_rebalance_at(args.max_rate).await.map_err(connect::failure)?;
         return print(&plan, format, estimate);
     }
-    let started = vasto.start_rebalance().await.map_err(connect::failure)?;
+    let started = vasto.start_rebalance_at(args.max_rate).await.map_err(connect::failure)?;
     if started.state == OperationState::Done {
         return print(&started, format, |_| BALANCED.to_owned());
     }
@@ -51,26 +49,15 @@ fn estimate(plan: &RebalancePlan) -> String {
     );
     out += &steps("MOVES FROM", &plan.moves);
     out += &steps("PRIMARY FROM", &plan.primaries);
-    if !plan.disk_needed.is_empty() {
-        let rows = plan.disk_needed.iter().map(|disk| {
-            let free = text(disk.free.map(format_bytes));
-            vec![disk.node_id.clone(), format_bytes(disk.bytes), free]
-        });
-        out += &format!("\n{}", table(&["NODE", ">DISK NEEDED", ">FREE"], rows));
-    }
-    out += &format!(
-        "\nin all about {} from the bucket, {} reads and {} writes there, {}; {} {}\n",
-        format_bytes(plan.bytes_from_bucket),
-        format_count(plan.requests.get),
-        format_count(plan.requests.put),
-        text(Duration::try_from_secs_f64(plan.seconds).ok().map(format_duration)),
-        amount(plan.cost.amount),
-        plan.cost.currency,
-    );
-    if let Some(reason) = &plan.refused {
-        out += &format!("it would be refused: {reason}\n");
-    }
-    out
+    let all = format!("{} from the bucket", format_bytes(plan.bytes_from_bucket));
+    let takes = Takes {
+        disk: &plan.disk_needed,
+        requests: plan.requests,
+        seconds: plan.seconds,
+        cost: &plan.cost,
+        refused: plan.refused.as_deref(),
+    };
+    out + &takes.text(&all)
 }
 
 /// Formats steps of a plan; `from` heads the column of the nodes that give.

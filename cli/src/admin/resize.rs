@@ -31,8 +31,8 @@ pub(crate) async fn run(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     if args.plan {
-        let planned = vasto.plan_resize(&args.name, args.shards).await.map_err(connect::failure)?;
-        return print(&planned, format, plan::text_of);
+        let planned = vasto.plan_resize_at(&args.name, args.shards, args.max_rate).await;
+        return print(&planned.map_err(connect::failure)?, format, plan::text_of);
     }
     if args.end_quarantine {
         tokio::select! {

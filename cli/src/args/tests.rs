@@ -1,7 +1,7 @@
 //! Tests of the command line as scripts use it.
 #![allow(clippy::unwrap_used)]
 
-use std::ffi::OsStr;
+use std::{ffi::OsStr, time::Duration};
 
 use clap::{CommandFactory, error::ErrorKind};
 
@@ -78,6 +78,14 @@ fn every_command_of_the_contract_parses() {
         "vasto keyspace restore ks --into copy --at 2026-01-31T12:00:00Z --from-bucket --plan",
         "vasto node drain n-1 --plan",
         "vasto node replace n-1 --with n-2 --plan",
+        "vasto keyspace resize ks --shards 4 --plan --max-rate 20MiB",
+        "vasto keyspace restore ks --into copy --max-rate 1MiB --no-wait",
+        "vasto node drain n-1 --max-rate 500KiB/s",
+        "vasto node replace n-1 --plan --max-rate 1GiB",
+        "vasto cluster rebalance --max-rate 20MiB --no-wait",
+        "vasto cluster rebalance --plan --max-rate 20MiB",
+        "vasto operation pause rebalance-7",
+        "vasto operation rate node-n-1-2 none",
         "vasto node list",
         "vasto cluster status",
         "vasto operation list",
@@ -114,6 +122,8 @@ fn missing_bad_and_contradicting_arguments_are_usage_errors() {
         "vasto keyspace resize ks --shards 3 --plan --end-quarantine",
         "vasto keyspace restore ks --into copy --plan --no-wait",
         "vasto node drain n-1 --plan --no-wait",
+        "vasto node drain n-1 --max-rate 0",
+        "vasto cluster rebalance --max-rate none",
         "vasto node replace n-1 --accept-loss --yes --plan",
         "vasto serve node --listen localhost",
         "vasto serve node --set cache=1GiB",

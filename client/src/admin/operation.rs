@@ -1,13 +1,12 @@
-//! Calls that start, follow, pause, slow down and cancel structural changes.
+//! Calls that start resizes, and that follow, pause, slow down and cancel structural changes of every
+//! kind. Those that start other ones are in `relocate`.
 
 use tokio::time::Instant;
 use vasto_core::band::check_shard_count;
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_proto::v1::{self, pace_operation_request::Pace};
 
-use crate::answer::{
-    Answer, ChangePlan, Operation, OperationState, QuarantinesLeft, RebalancePlan,
-};
+use crate::answer::{Answer, ChangePlan, Operation, OperationState, QuarantinesLeft};
 use crate::client::Vasto;
 use crate::error::{Error, ErrorKind};
 use crate::master::Call;
@@ -58,7 +57,8 @@ impl Vasto {
     }
 
     /// Pauses a running operation: it reads and writes no bulk bytes, and changes no ownership,
-    /// until [`Vasto::resume_operation`]. Returns the operation.
+    /// until [`Vasto::resume_operation`]. A rebalance and the emptying of a node begin nothing
+    /// further meanwhile, and all that they move stands still. Returns the operation.
     ///
     /// # Errors
     /// `NotFound`; `FailedPrecondition` when it has ended, is in its cutover or has committed.
@@ -104,7 +104,21 @@ impl Vasto {
     /// # Errors
     /// `InvalidArgument` for a count that is illegal or that the keyspace has, `NotFound`.
     pub async fn plan_resize(&self, name: &str, shards: u32) -> Result<Answer<ChangePlan>, Error> {
-        let request = resize_request(name, shards, true)?;
+        self.plan_resize_at(name, shards, None).await
+    }
+
+    /// Plans a resize as [`Vasto::plan_resize`] does, with the time that it takes within a bound of
+    /// its rate, as of [`Vasto::start_resize_at`].
+    ///
+    /// # Errors
+    /// As of [`Vasto::plan_resize`]; `InvalidArgument` for a rate at which nothing would end.
+    pub async fn plan_resize_at(
+        &self,
+        name: &str,
+        shards: u32,
+        max_rate: Option<u64>,
+    ) -> Result<Answer<ChangePlan>, Error> {
+        let request = v1::ResizeRequest { max_rate, ..resize_request(name, shards, true)? };
         self.master
             .call(Call::Ask, |mut master| async move { master.resize_keyspace(request).await })
             .await
@@ -127,180 +141,6 @@ impl Vasto {
         let request = v1::EndQuarantineRequest { name: name.to_owned(), shards };
         self.master
             .call(Call::Change, |mut master| async move { master.end_quarantine(request).await })
-            .await
-    }
-
-    /// Starts to restore the new keyspace `into` from the archive of another one, which may be
-    /// deleted, and whose nodes may all be lost: everything, or the state at a time, microseconds
-    /// since 1970. Returns the running operation at once.
-    ///
-    /// # Errors
-    /// `NotFound` when there is no such keyspace, or was none at that time; `AlreadyExists`;
-    /// `FailedPrecondition` without nodes to hold it; `Unavailable` when a shard that serves cannot
-    /// ship the acknowledged writes, or has no live replica while other shards have.
-    pub async fn start_restore(
-        &self,
-        name: &str,
-        into: &str,
-        at_us: Option<u64>,
-    ) -> Result<Answer<Operation>, Error> {
-        self.restore(name, into, at_us, false).await
-    }
-
-    /// Starts a restore without asking nodes to ship what they hold first: the bucket alone is
-    /// used.
-    ///
-    /// # Errors
-    /// As of [`Vasto::start_restore`].
-    pub async fn start_restore_from_bucket(
-        &self,
-        name: &str,
-        into: &str,
-        at_us: Option<u64>,
-    ) -> Result<Answer<Operation>, Error> {
-        self.restore(name, into, at_us, true).await
-    }
-
-    /// Returns what a restore would move and take, and whether it would be refused, without
-    /// starting it; with `from_bucket` that of [`Vasto::start_restore_from_bucket`].
-    ///
-    /// # Errors
-    /// `NotFound` and `AlreadyExists` as of [`Vasto::start_restore`]; `Unavailable` when the bucket
-    /// does not answer.
-    pub async fn plan_restore(
-        &self,
-        name: &str,
-        into: &str,
-        at_us: Option<u64>,
-        from_bucket: bool,
-    ) -> Result<Answer<ChangePlan>, Error> {
-        let request = v1::RestoreRequest {
-            name: name.to_owned(),
-            into: into.to_owned(),
-            at_us,
-            from_bucket,
-            plan_only: true,
-        };
-        self.master
-            .call(Call::AskLong, |mut master| async move { master.restore_keyspace(request).await })
-            .await
-    }
-
-    async fn restore(
-        &self,
-        name: &str,
-        into: &str,
-        at_us: Option<u64>,
-        from_bucket: bool,
-    ) -> Result<Answer<Operation>, Error> {
-        let request = v1::RestoreRequest {
-            name: name.to_owned(),
-            into: into.to_owned(),
-            at_us,
-            from_bucket,
-            plan_only: false,
-        };
-        self.master
-            .call(
-                Call::ChangeLong,
-                |mut master| async move { master.restore_keyspace(request).await },
-            )
-            .await
-    }
-
-    /// Starts to move all replicas of a node elsewhere: to node `to`, or to any node with room.
-    /// With `replace` the node may be lost: data that it alone held comes from the bucket. Returns
-    /// the running operation at once.
-    ///
-    /// # Errors
-    /// `NotFound` when the node has no replicas; `FailedPrecondition` when the node is away and not
-    /// to be replaced, or no node has room.
-    pub async fn start_emptying_node(
-        &self,
-        node: &str,
-        to: Option<&str>,
-        replace: bool,
-    ) -> Result<Answer<Operation>, Error> {
-        self.empty_node(node, to, replace, false).await
-    }
-
-    /// As [`Self::start_emptying_node`] with `replace`, for a node that is lost for good: data that
-    /// is not even in the bucket is given up, and nothing waits for the node any more.
-    ///
-    /// # Errors
-    /// As [`Self::start_emptying_node`].
-    pub async fn start_giving_up_node(
-        &self,
-        node: &str,
-        to: Option<&str>,
-    ) -> Result<Answer<Operation>, Error> {
-        self.empty_node(node, to, true, true).await
-    }
-
-    /// Returns what [`Vasto::start_emptying_node`] would move and take, and whether it would be
-    /// refused, without starting it.
-    ///
-    /// # Errors
-    /// `NotFound` when the node has no replicas; `InvalidArgument` for what is no id of a node.
-    pub async fn plan_emptying_node(
-        &self,
-        node: &str,
-        to: Option<&str>,
-        replace: bool,
-    ) -> Result<Answer<ChangePlan>, Error> {
-        let request = v1::EmptyNodeRequest {
-            node_id: node.to_owned(),
-            to_node_id: to.unwrap_or_default().to_owned(),
-            replace,
-            accept_loss: false,
-            plan_only: true,
-        };
-        self.master
-            .call(Call::Ask, |mut master| async move { master.empty_node(request).await })
-            .await
-    }
-
-    async fn empty_node(
-        &self,
-        node: &str,
-        to: Option<&str>,
-        replace: bool,
-        accept_loss: bool,
-    ) -> Result<Answer<Operation>, Error> {
-        let to_node_id = to.unwrap_or_default().to_owned();
-        let request = v1::EmptyNodeRequest {
-            node_id: node.to_owned(),
-            to_node_id,
-            replace,
-            accept_loss,
-            plan_only: false,
-        };
-        self.master
-            .call(Call::Change, |mut master| async move { master.empty_node(request).await })
-            .await
-    }
-
-    /// Starts to move replicas, and the roles of primaries, until the nodes hold and do alike, and
-    /// returns the running operation at once; the one that runs already, if one does. A cluster that
-    /// is in balance answers an operation that is done.
-    ///
-    /// # Errors
-    /// `Unavailable` while not all nodes have reported to the master.
-    pub async fn start_rebalance(&self) -> Result<Answer<Operation>, Error> {
-        let request = v1::RebalanceRequest { plan_only: false };
-        self.master
-            .call(Call::Change, |mut master| async move { master.rebalance(request).await })
-            .await
-    }
-
-    /// Returns what a rebalance would move and take, without starting it.
-    ///
-    /// # Errors
-    /// As of [`Vasto::start_rebalance`].
-    pub async fn plan_rebalance(&self) -> Result<Answer<RebalancePlan>, Error> {
-        let request = v1::RebalanceRequest { plan_only: true };
-        self.master
-            .call(Call::Ask, |mut master| async move { master.rebalance(request).await })
             .await
     }
 

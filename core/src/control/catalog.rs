@@ -4,18 +4,17 @@
 //! A version is written once, create-only, and never changed; nodes apply no version lower than one
 //! they have applied. Unknown fields of newer versions are tolerated.
 
-use std::collections::BTreeSet;
-
 use serde::{Deserialize, Serialize};
 
 use crate::band::Band;
-use crate::control::estimate::Estimate;
 use crate::control::operation::{OperationOutcome, OperationReport};
 use crate::control::plan::Plan;
 use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use crate::record::BandRange;
 
+pub use crate::control::leaving::{DrainingReplica, GivenUp, NodeDrain, RetiredReplica};
 pub use crate::control::moving::{Moved, Rebalanced, ReplicaMove};
+pub use crate::control::placement::{Placed, ShardPlacement};
 pub use crate::control::retirement::Retirement;
 pub use crate::control::spec::{Ack, KeyspaceSpec, NotAnAck};
 
@@ -33,147 +32,8 @@ pub enum KeyspaceState {
     Deleted,
 }
 
-/// A replica and its node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Placed {
-    /// The replica.
-    pub replica: ReplicaId,
-    /// Its node.
-    pub node: NodeId,
-}
-
-/// The placed replicas of one shard.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShardPlacement {
-    /// The shard.
-    pub shard: ShardId,
-    /// Its replicas in the order of preference. The first is the preferred primary, and it ships.
-    pub replicas: Vec<Placed>,
-    /// The current primary, when it is not the first replica.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub primary: Option<ReplicaId>,
-    /// Target of a running leadership transfer: the primary takes no read-modify-writes any more,
-    /// and this replica becomes primary once it holds everything that the primary held.
-    #[serde(rename = "handing_to", default, skip_serializing_if = "Option::is_none")]
-    pub transferring_to: Option<ReplicaId>,
-}
-
-impl ShardPlacement {
-    /// Creates a placement whose primary is the first replica.
-    pub fn new(shard: ShardId, replicas: Vec<Placed>) -> Self {
-        Self { shard, replicas, primary: None, transferring_to: None }
-    }
-
-    /// Returns the current primary.
-    pub fn primary(&self) -> Option<Placed> {
-        let acting = self.replicas.iter().find(|member| Some(member.replica) == self.primary);
-        acting.or(self.replicas.first()).copied()
-    }
-
-    /// Returns the replica that ships: the preferred primary, whichever replica is primary now.
-    pub fn shipper(&self) -> Option<Placed> {
-        self.replicas.first().copied()
-    }
-
-    /// Returns all replicas: the current primary first, the others in the order of preference.
-    pub fn primary_first(&self) -> Vec<Placed> {
-        let primary = self.primary();
-        let others = self.replicas.iter().copied().filter(|member| Some(*member) != primary);
-        primary.into_iter().chain(others).collect()
-    }
-}
-
-/// A replica that left the placement while it may hold writes that no other member has: it is
-/// drained once its node is there, and nothing is collected before.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct DrainingReplica {
-    /// Its shard.
-    pub shard: ShardId,
-    /// The replica.
-    pub replica: ReplicaId,
-    /// Its node.
-    pub node: NodeId,
-    /// Time at which the replica left, microseconds since 1970.
-    pub since_us: u64,
-}
-
-/// A replica of a shard that a shrink has retired. It serves nothing any more; from the end of the
-/// plan to the end of its quarantine only its files are kept.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RetiredReplica {
-    /// Its former shard.
-    pub shard: ShardId,
-    /// The replica.
-    pub replica: ReplicaId,
-    /// Its node.
-    pub node: NodeId,
-    /// The plan that retired the shard.
-    pub plan: PlanId,
-}
-
-/// A node that is drained of all its replicas of the keyspace.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NodeDrain {
-    /// The node.
-    pub node: NodeId,
-    /// Node that receives the replicas; `None` for any node with room.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<NodeId>,
-    /// The node may be gone: data that it alone holds is taken from the bucket, without waiting for
-    /// the node.
-    #[serde(default)]
-    pub replace: bool,
-    /// Start time, microseconds since 1970; forms the operation id together with the node.
-    pub since_us: u64,
-    /// If the node is gone, data that it alone holds is given up once everything that it had
-    /// shipped was recovered.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub accept_loss: bool,
-    /// Totals moved since the start. Not derived from the finished operations: the catalog forgets
-    /// those in time.
-    #[serde(default, skip_serializing_if = "is_nothing")]
-    pub moved: Moved,
-    /// What was estimated of the drain in this keyspace when it began.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub estimate: Option<Estimate>,
-}
-
 fn is_zero(replica: &ReplicaId) -> bool {
     replica.0 == 0
-}
-
-fn is_nothing(moved: &Moved) -> bool {
-    *moved == Moved::default()
-}
-
-impl NodeDrain {
-    /// Creates the drain of a node, beginning at `since_us`.
-    pub fn new(node: NodeId, replace: bool, since_us: u64) -> Self {
-        Self {
-            node,
-            to: None,
-            replace,
-            since_us,
-            accept_loss: false,
-            moved: Moved::default(),
-            estimate: None,
-        }
-    }
-
-    /// Returns the id of the operation that drains the node, the same in every keyspace.
-    pub fn operation_id(&self) -> String {
-        format!("node-{}-{}", self.node, self.since_us)
-    }
-}
-
-/// A replica whose loss was accepted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GivenUp {
-    /// The replica.
-    pub replica: ReplicaId,
-    /// Catalog version that accepted the loss: anything made under it or a later version needs
-    /// nothing of the replica.
-    pub version: CatalogVersion,
 }
 
 /// A range that has moved to another shard and is not removed from its sources yet.
@@ -355,160 +215,6 @@ impl Catalog {
     /// Returns true while a replica of the shard moves to another node.
     pub fn is_moving(&self, shard: ShardId) -> bool {
         self.moves.iter().any(|moving| moving.shard() == Some(shard))
-    }
-
-    /// Returns the placed replicas, the targets under construction, the draining replicas and those
-    /// that the running plan has retired, each once, as `(shard, replica, placed)`. A deleted keyspace has none.
-    pub fn members(&self) -> Vec<(ShardId, Placed, bool)> {
-        if self.state != KeyspaceState::Active {
-            return Vec::new();
-        }
-        let placed = self.placement.iter().flat_map(|shard| {
-            shard.replicas.iter().map(move |member| (shard.shard, *member, true))
-        });
-        let targets = self.plans().flat_map(|plan| &plan.targets).map(|target| {
-            (target.shard, Placed { replica: target.replica, node: target.node }, false)
-        });
-        let draining = self.draining.iter().map(|draining| {
-            (draining.shard, Placed { replica: draining.replica, node: draining.node }, false)
-        });
-        // Until the plan that retired their shard has ended, they give away what they hold.
-        let giving = |retired: &&RetiredReplica| {
-            self.plan.as_ref().is_some_and(|plan| plan.id == retired.plan)
-        };
-        let retired = self.retired.iter().filter(giving).map(|retired| {
-            (retired.shard, Placed { replica: retired.replica, node: retired.node }, false)
-        });
-        let mut seen = BTreeSet::new();
-        placed
-            .chain(targets)
-            .chain(draining)
-            .chain(retired)
-            .filter(|(_, member, _)| seen.insert(member.replica))
-            .collect()
-    }
-
-    /// Returns the members on one node: `(shard, replica, placed)`.
-    pub fn members_on(&self, node: NodeId) -> Vec<(ShardId, ReplicaId, bool)> {
-        let here = self.members().into_iter().filter(|(_, member, _)| member.node == node);
-        here.map(|(shard, member, placed)| (shard, member.replica, placed)).collect()
-    }
-
-    /// Returns the node of a placed replica, a target, a draining or a retired replica.
-    pub fn node_of(&self, replica: ReplicaId) -> Option<NodeId> {
-        let placed = self
-            .placement
-            .iter()
-            .flat_map(|shard| &shard.replicas)
-            .map(|member| (member.replica, member.node));
-        let targets =
-            self.plans().flat_map(|plan| &plan.targets).map(|target| (target.replica, target.node));
-        let draining = self.draining.iter().map(|draining| (draining.replica, draining.node));
-        let retired = self.retired.iter().map(|retired| (retired.replica, retired.node));
-        placed
-            .chain(targets)
-            .chain(draining)
-            .chain(retired)
-            .find(|(id, _)| *id == replica)
-            .map(|(_, node)| node)
-    }
-
-    /// Returns true when the plan has retired replicas that are kept still.
-    pub fn has_retired(&self, plan: PlanId) -> bool {
-        self.retired.iter().any(|retired| retired.plan == plan)
-    }
-
-    /// Returns true when the replica belongs to a shard that has retired.
-    pub fn is_retired(&self, replica: ReplicaId) -> bool {
-        self.retired.iter().any(|retired| retired.replica == replica)
-    }
-
-    /// Returns the retirement of the shard for which a replica was made; `None` while that shard
-    /// exists, and for a replica of a later shard with the same number.
-    pub fn retirement_of(&self, shard: ShardId, replica: ReplicaId) -> Option<&Retirement> {
-        self.retirements.iter().find(|retirement| retirement.concerns(shard, replica))
-    }
-
-    /// Records that this version retires the shards from `first` on.
-    pub(crate) fn record_retirement(&mut self, first: ShardId) {
-        let (below, version, at_us) = (self.next_replica, self.version, self.written_at_us);
-        Retirement { first, below, version, at_us }.add_to(&mut self.retirements);
-    }
-
-    /// Returns the placement of a shard.
-    pub fn shard(&self, shard: ShardId) -> Option<&ShardPlacement> {
-        self.placement.iter().find(|placement| placement.shard == shard)
-    }
-
-    /// Returns true when the replica serves under this version.
-    pub fn is_placed(&self, replica: ReplicaId) -> bool {
-        self.placement
-            .iter()
-            .flat_map(|shard| &shard.replicas)
-            .any(|member| member.replica == replica)
-    }
-
-    /// Returns true when the replica is primary of its shard under this version.
-    pub fn is_primary(&self, replica: ReplicaId) -> bool {
-        self.placement
-            .iter()
-            .any(|shard| shard.primary().is_some_and(|primary| primary.replica == replica))
-    }
-
-    /// Returns the replicas whose logs a replica of the shard pulls: the other placed ones and the
-    /// draining ones. A replica that is not placed pulls only while a plan builds it from other
-    /// replicas of its own shard.
-    pub fn sources_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<Placed> {
-        let rebuilt = self.plans().any(|plan| {
-            plan.adds_member() && plan.targets.iter().any(|target| target.replica == replica)
-        });
-        if !self.is_placed(replica) && !rebuilt {
-            return Vec::new();
-        }
-        let placed =
-            self.shard(shard).into_iter().flat_map(|placement| placement.replicas.iter().copied());
-        let draining = self.draining.iter().filter(|draining| draining.shard == shard);
-        let draining =
-            draining.map(|draining| Placed { replica: draining.replica, node: draining.node });
-        placed.chain(draining).filter(|member| member.replica != replica).collect()
-    }
-
-    /// Returns the replicas that pull a replica's log, and for which the log is kept. None pulls the
-    /// log of a retired replica: a new shard may have the number of its own.
-    pub fn followers_of(&self, shard: ShardId, replica: ReplicaId) -> Vec<ReplicaId> {
-        if self.is_retired(replica) {
-            return Vec::new();
-        }
-        let placed = self
-            .shard(shard)
-            .into_iter()
-            .flat_map(|placement| &placement.replicas)
-            .map(|member| member.replica);
-        let rebuilt = self.plans().filter(|plan| plan.adds_member());
-        let rebuilt = rebuilt
-            .flat_map(|plan| &plan.targets)
-            .filter(|target| target.shard == shard)
-            .map(|target| target.replica);
-        placed.chain(rebuilt).filter(|follower| *follower != replica).collect()
-    }
-
-    /// Returns true when the replica is removed for good: any node that holds its files deletes
-    /// them.
-    pub fn is_removed(&self, replica: ReplicaId) -> bool {
-        self.removed.contains(&replica)
-            || (replica < self.removed_below && self.node_of(replica).is_none())
-    }
-
-    /// Marks replicas as removed for good. Keeps the list short: each id is given out once, so
-    /// every earlier replica that has no part in the keyspace any more is removed.
-    pub(crate) fn remove_for_good(&mut self, replicas: impl IntoIterator<Item = ReplicaId>) {
-        self.removed.extend(replicas);
-        let excess = self.removed.len().saturating_sub(REMOVED_KEPT);
-        for replica in self.removed.drain(..excess) {
-            self.removed_below = self.removed_below.max(ReplicaId(replica.0 + 1));
-        }
-        let below = self.removed_below;
-        self.removed.retain(|removed| *removed >= below);
     }
 
     /// Records a finished operation and forgets the oldest beyond [`OPERATIONS_KEPT`]. Adds the

@@ -9,8 +9,11 @@
 pub mod balance;
 pub mod catalog;
 pub mod estimate;
+mod leaving;
+mod members;
 mod moving;
 pub mod operation;
+mod placement;
 pub mod plan;
 pub mod reconcile;
 pub mod report;

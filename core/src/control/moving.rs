@@ -3,7 +3,8 @@
 //! **Invariant:** the JSON is persisted in the bucket: its names never change. An older program that
 //! only reads a catalog passes the moves over and makes nothing. An older master that writes one
 //! leaves the moves out: what they replace goes on serving, copies that are not placed are lost, and
-//! a shard whose new replica is placed keeps one replica more than it is to have.
+//! a shard whose new replica is placed has one replica more than it is to have, until one is taken
+//! out (`reconcile::trim`).
 
 use serde::{Deserialize, Serialize};
 

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
-use vasto_core::catalog::NodeDrain;
+use vasto_core::catalog::{Catalog, NodeDrain};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
 use vasto_core::operation::OperationKind;
+use vasto_core::reconcile::{Pace, check_rate, pace_drain};
 use vasto_proto::v1;
 use vasto_shipping::weight::{Reading, weigh};
 
@@ -19,7 +20,7 @@ use super::answer::{Answer, no_operation, not_found, refused};
 use super::ask;
 use super::node::{cordon, node_of};
 use crate::cluster::{Cluster, now_us};
-use crate::driver::has_ended;
+use crate::driver::{has_ended, pace_error};
 use crate::forecast::Forecast;
 use crate::forecast::copies::{DrainForecast, Weighed, drain as forecast_of, from_the_bucket};
 use crate::forecast::time::Paces;
@@ -37,7 +38,9 @@ pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
     let to =
         Some(request.to_node_id.as_str()).filter(|id| !id.is_empty()).map(node_of).transpose()?;
     let accept_loss = request.accept_loss && request.replace;
-    let drain = NodeDrain { to, accept_loss, ..NodeDrain::new(node, request.replace, now_us()) };
+    let max_rate = check_rate(request.max_rate).map_err(pace_error)?;
+    let drain = NodeDrain::new(node, request.replace, now_us());
+    let drain = NodeDrain { to, accept_loss, max_rate, ..drain };
     cluster.refresh_settings().await;
     let possible = check(&cluster.state(), &drain);
     if !request.plan_only {
@@ -122,7 +125,7 @@ async fn forecast(cluster: &Cluster, drain: &NodeDrain) -> DrainForecast {
         }
     }
     let state = cluster.state();
-    forecast_of(&state, drain, &weighed, now_us(), &Paces::of(&state))
+    forecast_of(&state, drain, &weighed, now_us(), &Paces::of(&state).at_most(drain.max_rate))
 }
 
 /// Returns the plan of a drain.
@@ -149,21 +152,61 @@ fn planned(
 
 /// Cancels a drain: the node keeps the replicas that it still has.
 pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
+    let cancel = |keyspace| (keyspace, CatalogChange::CancelDrain { operation: id.to_owned() });
+    ask::change_all(cluster, concerned(cluster, id)?.into_iter().map(cancel).collect()).await?;
+    tracing::info!(operation = id, "cancelled an operation");
+    show(cluster, id)
+}
+
+/// Returns the keyspaces in which a drain runs; an error when there is none.
+fn concerned(cluster: &Cluster, id: &str) -> Result<Vec<KeyspaceId>, VastoError> {
     let concerned: Vec<KeyspaceId> = {
         let state = cluster.state();
         let catalogs = state.active().map(|keyspace| &keyspace.catalog);
-        catalogs
-            .filter(|catalog| drain_by(catalog, id).is_some())
-            .map(|catalog| catalog.keyspace)
-            .collect()
+        let drains = catalogs.filter(|catalog| drain_by(catalog, id).is_some());
+        drains.map(|catalog| catalog.keyspace).collect()
     };
     if concerned.is_empty() {
         show(cluster, id)?;
         return Err(has_ended(id));
     }
-    let cancel = |keyspace| (keyspace, CatalogChange::CancelDrain { operation: id.to_owned() });
-    ask::change_all(cluster, concerned.into_iter().map(cancel).collect()).await?;
-    tracing::info!(operation = id, "cancelled an operation");
+    Ok(concerned)
+}
+
+/// Pauses, resumes or slows down a drain, with its copies, in all its keyspaces. A keyspace in which
+/// it ends meanwhile has no part in it any more.
+///
+/// # Errors
+/// The first one, after all others have been asked: the request can be repeated.
+pub(super) async fn pace(cluster: &Arc<Cluster>, id: &str, pace: Pace) -> Answer {
+    if let Pace::Rate(rate) = pace {
+        check_rate(rate).map_err(pace_error)?;
+    }
+    let is_so = |catalog: &Catalog| {
+        pace_drain(catalog, id, pace, 0, 0).is_ok_and(|next| {
+            next.draining_nodes == catalog.draining_nodes && next.plan == catalog.plan
+        })
+    };
+    let mut asked = concerned(cluster, id)?;
+    asked.retain(|keyspace| {
+        cluster.state().keyspaces.get(keyspace).is_some_and(|one| !is_so(&one.catalog))
+    });
+    let changes = asked.into_iter().map(|keyspace| async move {
+        let operation = id.to_owned();
+        let change = CatalogChange::PaceDrain { operation, pace };
+        let changed = ask::change(cluster, keyspace, change).await;
+        changed.map(drop).or_else(|error| {
+            let state = cluster.state();
+            let catalog = state.keyspaces.get(&keyspace).map(|keyspace| &keyspace.catalog);
+            match catalog.is_some_and(|catalog| drain_by(catalog, id).is_some()) {
+                true => Err(error),
+                false => Ok(()),
+            }
+        })
+    });
+    let changed = futures::future::join_all(changes).await;
+    changed.into_iter().collect::<Result<(), VastoError>>()?;
+    tracing::info!(operation = id, ?pace, "changed the pace of an operation");
     show(cluster, id)
 }
 

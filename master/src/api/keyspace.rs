@@ -236,7 +236,8 @@ fn plan_resize(cluster: &Cluster, request: &v1::ResizeRequest, change: &CatalogC
     let next = start(&state, keyspace, request.shards, now_us, 0).ok();
     let plan = next.as_ref().and_then(|next| next.plan.as_ref());
     let (catalog, to) = (&keyspace.catalog, request.shards);
-    let forecast = forecast_of(catalog, &keyspace.reports, to, plan, &Paces::of(&state));
+    let paces = Paces::of(&state).at_most(request.max_rate);
+    let forecast = forecast_of(catalog, &keyspace.reports, to, plan, &paces);
     let asked = Asked {
         keyspace: catalog.name.clone(),
         kind: match to < catalog.spec.shards {

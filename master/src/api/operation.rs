@@ -10,7 +10,7 @@ use vasto_core::plan::Plan;
 use vasto_core::reconcile::Pace;
 use vasto_proto::v1::{self, pace_operation_request::Pace as Wanted};
 
-use super::answer::{Answer, invalid, no_operation, refused};
+use super::answer::{Answer, invalid, no_operation};
 use super::{ask, drain, rebalance};
 use crate::cluster::{Cluster, now_us};
 use crate::driver::has_ended;
@@ -83,49 +83,31 @@ fn running_plan(cluster: &Cluster, id: &str) -> Result<(KeyspaceId, PlanId), Vas
 /// not written again.
 pub(crate) async fn pace(cluster: &Arc<Cluster>, request: v1::PaceOperationRequest) -> Answer {
     let id = request.id.as_str();
-    if is_drain(id) {
-        let message = format!(
-            "operation {id} moves the replicas of a node one by one; `vasto operation list` shows the operations that \
-             move them: pause, resume or slow down these"
-        );
-        return Err(refused(message));
-    }
-    if is_rebalance(id) || is_move(cluster, id) {
-        let message = format!(
-            "operation {id} belongs to a rebalance, whose pace is `master.moves_at_once`; to stop it, cancel it \
-             (`vasto operation cancel {id}`)"
-        );
-        return Err(refused(message));
-    }
     let pace = match request.pace {
         Some(Wanted::Paused(true)) => Pace::Pause,
         Some(Wanted::Paused(false)) => Pace::Resume,
         Some(Wanted::MaxRate(rate)) => Pace::Rate((rate > 0).then_some(rate)),
         None => return Err(invalid("the request says neither a pause nor a rate")),
     };
+    if is_drain(id) {
+        return drain::pace(cluster, id, pace).await;
+    }
+    if is_rebalance(id) {
+        return rebalance::pace(cluster, id, pace).await;
+    }
     let (keyspace, plan) = running_plan(cluster, id)?;
     let is_so = {
         let state = cluster.state();
         let catalog = state.keyspaces.get(&keyspace).map(|keyspace| keyspace.catalog.clone());
-        catalog.filter(|catalog| {
-            let running = catalog.plan.as_ref().filter(|running| running.id == plan);
-            running.is_some_and(|running| pace.is_of(running))
+        catalog.is_some_and(|catalog| {
+            catalog.plans().any(|running| running.id == plan && pace.is_of(running))
         })
     };
-    if is_so.is_none() {
+    if !is_so {
         ask::change(cluster, keyspace, CatalogChange::Pace { plan, pace }).await?;
         tracing::info!(operation = id, ?pace, "changed the pace of an operation");
     }
     show(cluster, id)
-}
-
-/// Returns true for the running move of one replica.
-fn is_move(cluster: &Cluster, id: &str) -> bool {
-    cluster.state().keyspaces.values().any(|keyspace| {
-        let catalog = &keyspace.catalog;
-        let is_it = |plan: &Plan| operation_id(catalog.keyspace, plan.id) == id;
-        catalog.moves.iter().any(|moving| is_it(&moving.plan))
-    })
 }
 
 #[cfg(test)]

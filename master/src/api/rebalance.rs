@@ -9,33 +9,40 @@ use tokio::time::timeout;
 use vasto_core::balance::{Move, all_moves};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
+use vasto_core::reconcile::{Pace, check_rate, pace_moves};
 use vasto_proto::v1;
 use vasto_shipping::{ClusterSettings, Rebalance};
 
 use super::answer::{ANSWER_WITHIN, Answer, no_operation, unavailable, unknown};
 use super::ask;
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::driver::has_ended;
+use crate::driver::{has_ended, pace_error};
 use crate::state::{CatalogChange, RebalanceLook};
 use crate::view::rebalance::{balanced, of_id, plan};
 use crate::view::{Sorted, json};
 
-/// Begins a rebalance, or only plans it; answers the one that runs already, if one does.
+/// Begins a rebalance, or only plans it; answers the one that runs already, if one does, with the
+/// bound of the rate that is asked for, if one is.
 pub(crate) async fn rebalance(cluster: &Arc<Cluster>, request: v1::RebalanceRequest) -> Answer {
+    let max_rate = check_rate(request.max_rate).map_err(pace_error)?;
     cluster.refresh_settings().await;
     let running = cluster.state().settings.running_rebalance();
     if let Some(running) = running.filter(|_| !request.plan_only) {
-        return show(cluster, &running.operation_id());
+        let id = running.operation_id();
+        return match max_rate {
+            Some(_) => pace(cluster, &id, Pace::Rate(max_rate)).await,
+            None => show(cluster, &id),
+        };
     }
     let moves = moves(cluster).await?;
     if request.plan_only {
         let prices = &cluster.settings.prices;
-        return Ok(json(&plan(&cluster.state(), &moves, prices)));
+        return Ok(json(&plan(&cluster.state(), &moves, max_rate, prices)));
     }
     if moves.is_empty() {
         return Ok(json(&Sorted(balanced(now_us()))));
     }
-    let begun = begin(cluster).await?;
+    let begun = begin(cluster, max_rate).await?;
     cluster.request_rebalance();
     let id = begun.map(|begun| begun.operation_id()).unwrap_or_default();
     show(cluster, &id)
@@ -94,13 +101,66 @@ pub(super) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     }
 }
 
+/// Pauses, resumes or slows down the rebalance that runs, with its moves.
+///
+/// # Errors
+/// The first one, after the moves of all keyspaces have been asked for it: the request can be
+/// repeated.
+pub(super) async fn pace(cluster: &Arc<Cluster>, id: &str, pace: Pace) -> Answer {
+    if let Pace::Rate(rate) = pace {
+        check_rate(rate).map_err(pace_error)?;
+    }
+    cluster.refresh_settings().await;
+    let running = cluster.state().settings.running_rebalance();
+    let Some(running) = running.filter(|running| running.operation_id() == id) else {
+        show(cluster, id)?;
+        return Err(has_ended(id));
+    };
+    let (now_us, nonce) = (now_us(), nonce());
+    let since_us = running.since_us;
+    // Another master may change the other half of the pace at the same time.
+    let change = |now: &ClusterSettings| {
+        let asked = pace.applied_to(now.running_rebalance()?.pace()).ok()?;
+        now.with_pace(since_us, asked, now_us, nonce)
+    };
+    let settings = changed(cluster, change).await?;
+    if settings.running_rebalance().is_none_or(|running| running.since_us != since_us) {
+        return Err(has_ended(id));
+    }
+    tracing::info!(operation = id, ?pace, "changed the pace of an operation");
+    cluster.request_rebalance();
+    // What follows from the settings alone, the drivers do by themselves.
+    let concerned: Vec<KeyspaceId> = {
+        let state = cluster.state();
+        let catalogs = state.active().map(|keyspace| &keyspace.catalog);
+        let changes = catalogs.filter(|one| pace_moves(one, since_us, pace, 0, 0).is_some());
+        changes.map(|catalog| catalog.keyspace).collect()
+    };
+    let changes = concerned.into_iter().map(|keyspace| {
+        let change = CatalogChange::PaceMoves { rebalance_us: since_us, pace };
+        ask::change(cluster, keyspace, change)
+    });
+    for changed in futures::future::join_all(changes).await {
+        match changed {
+            Ok(_) => {}
+            // They have ended, or their drivers were faster.
+            Err(error) if error.code == ErrorCode::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    show(cluster, id)
+}
+
 /// Begins a rebalance, unless one runs; returns the one that runs then.
 ///
 /// # Errors
 /// When the bucket does not take it in time: it may have begun all the same.
-pub(crate) async fn begin(cluster: &Cluster) -> Result<Option<Rebalance>, VastoError> {
+pub(crate) async fn begin(
+    cluster: &Cluster,
+    max_rate: Option<u64>,
+) -> Result<Option<Rebalance>, VastoError> {
     let (now_us, nonce) = (now_us(), nonce());
-    let change = |now: &ClusterSettings| now.with_rebalance(now_us, nonce);
+    let change = |now: &ClusterSettings| now.with_rebalance_at(max_rate, now_us, nonce);
     let settings = changed(cluster, change).await?;
     let running = settings.running_rebalance();
     tracing::info!(operation = running.map(|one| one.operation_id()), "a rebalance runs");

@@ -12,6 +12,7 @@ use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 use vasto_core::limits::{ADMIN_DEADLINE, check_keyspace_name};
 use vasto_core::operation::{OperationKind, OperationOutcome};
 use vasto_core::plan::{Plan, PlanKind, Step, Target};
+use vasto_core::reconcile::check_rate;
 use vasto_proto::v1;
 use vasto_shipping::weight::{Reading, weigh};
 
@@ -19,7 +20,7 @@ use super::answer::{Answer, invalid, not_found, refused, taken, unavailable};
 use super::ship::{Absent, Shipped};
 use super::{ask, ship};
 use crate::cluster::{Cluster, nonce, now_us};
-use crate::driver::install;
+use crate::driver::{install, pace_error};
 use crate::forecast::Forecast;
 use crate::forecast::copies::Weighed;
 use crate::forecast::restore::{Restored, restore as forecast_of};
@@ -42,6 +43,7 @@ const WEIGHING_PATIENCE: Duration = Duration::from_secs(10);
 /// Starts a new keyspace from the archive of another one, or only plans it.
 pub(crate) async fn restore(cluster: &Arc<Cluster>, request: v1::RestoreRequest) -> Answer {
     check_keyspace_name(&request.into)?;
+    check_rate(request.max_rate).map_err(pace_error)?;
     if cluster.state().named(&request.into).is_some() {
         return Err(taken(&request.into));
     }
@@ -158,7 +160,7 @@ async fn forecast(
         }
     }
     let state = cluster.state();
-    forecast_of(&state, &restored, &weighed, &Paces::of(&state))
+    forecast_of(&state, &restored, &weighed, &Paces::of(&state).at_most(request.max_rate))
 }
 
 /// Returns the catalog of the keyspace at the time of the restore.
@@ -227,7 +229,7 @@ fn restoring(
         seals_undone: 0,
         floor: None,
         paused: false,
-        max_rate: None,
+        max_rate: request.max_rate,
         estimate: None,
     });
     catalog.next_plan = PlanId(catalog.next_plan.0 + 1);

@@ -10,8 +10,8 @@ use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, PlanKind};
 use vasto_core::reconcile::{
     EvictError, MoveError, PaceError, PlanError, Presence, abort, cancel_drain, cancel_move,
-    cancel_moves, check_rate, drain_node, end_quarantines, evict_on_request, prefer, set_pace,
-    start_moves, start_resize, transfer_leadership,
+    cancel_moves, check_rate, drain_node, end_quarantines, evict_on_request, pace_drain,
+    pace_moves, prefer, set_pace, start_moves, start_resize, transfer_leadership,
 };
 use vasto_shipping::Rebalance;
 
@@ -31,10 +31,7 @@ pub(crate) fn changed(
     let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
     match *change {
         CatalogChange::Resize { to, max_rate } => {
-            let max_rate = check_rate(max_rate).map_err(pace_error)?;
-            let mut next = resized(state, keyspace, to, now_us, nonce)?;
-            next.plan = next.plan.map(|plan| Plan { max_rate, ..plan });
-            Ok(next)
+            resized(state, keyspace, to, max_rate, now_us, nonce)
         }
         CatalogChange::EndQuarantines { to } => {
             let ended = end_quarantines(catalog, to, now_us, nonce).map_err(plan_error)?;
@@ -45,7 +42,15 @@ pub(crate) fn changed(
         }
         CatalogChange::Cancel { plan } => cancelled(keyspace, plan, now_us, nonce),
         CatalogChange::Pace { plan, pace } => {
+            state.check_part(catalog, plan, pace).map_err(pace_error)?;
             set_pace(catalog, plan, pace, now_us, nonce).map_err(pace_error)
+        }
+        CatalogChange::PaceDrain { ref operation, pace } => {
+            pace_drain(catalog, operation, pace, now_us, nonce).map_err(pace_error)
+        }
+        CatalogChange::PaceMoves { rebalance_us, pace } => {
+            pace_moves(catalog, rebalance_us, pace, now_us, nonce)
+                .ok_or_else(|| nothing_moves(catalog))
         }
         CatalogChange::TransferLeadership { from, to } => transfer_leadership(
             catalog, from, to, now_us, nonce,
@@ -83,28 +88,34 @@ pub(crate) fn changed(
             })
         }
         CatalogChange::CancelMoves => cancel_moves(catalog, CANCELLED, reports, now_us, nonce)
-            .ok_or_else(|| {
-                let message = format!("no replica of keyspace {} is on its way", catalog.name);
-                VastoError::new(ErrorCode::NotFound, message)
-            }),
+            .ok_or_else(|| nothing_moves(catalog)),
         CatalogChange::Delete => deleted(catalog, now_us, nonce),
     }
 }
 
-/// Returns the version that starts a resize, with its estimate; refuses one that a node has no disk
-/// for.
+fn nothing_moves(catalog: &Catalog) -> VastoError {
+    let message = format!("no replica of keyspace {} is on its way", catalog.name);
+    VastoError::new(ErrorCode::NotFound, message)
+}
+
+/// Returns the version that starts a resize, with its estimate at this bound of its rate; refuses
+/// one that a node has no disk for.
 fn resized(
     state: &ClusterState,
     keyspace: &Keyspace,
     to: u32,
+    max_rate: Option<u64>,
     now_us: u64,
     nonce: u64,
 ) -> Result<Catalog, VastoError> {
+    let max_rate = check_rate(max_rate).map_err(pace_error)?;
     let mut next = start(state, keyspace, to, now_us, nonce)?;
     let Keyspace { catalog, reports, .. } = keyspace;
-    let forecast = resize(catalog, reports, to, next.plan.as_ref(), &Paces::of(state));
+    let paces = Paces::of(state).at_most(max_rate);
+    let forecast = resize(catalog, reports, to, next.plan.as_ref(), &paces);
     forecast.check_room(state)?;
     if let Some(plan) = &mut next.plan {
+        plan.max_rate = max_rate;
         plan.estimate = Some(forecast.estimate());
     }
     Ok(next)
@@ -131,15 +142,18 @@ pub(crate) fn start(
     })
 }
 
-/// Checks that the rebalance runs: nothing begins for one that has ended meanwhile.
+/// Checks that the rebalance runs: nothing begins for one that has ended or was paused meanwhile.
 fn check_rebalance(state: &ClusterState, rebalance_us: u64) -> Result<(), VastoError> {
     let running = state.settings.running_rebalance();
-    match running.is_some_and(|running| running.since_us == rebalance_us) {
-        true => Ok(()),
-        false => {
-            let rebalance = Rebalance { since_us: rebalance_us, ended_us: None, cancelled: false };
-            Err(has_ended(&rebalance.operation_id()))
+    let running = running.filter(|running| running.since_us == rebalance_us);
+    let asked = Rebalance { since_us: rebalance_us, ..Rebalance::default() };
+    match running {
+        Some(running) if running.paused => {
+            let message = format!("operation {} is paused", running.operation_id());
+            Err(VastoError::new(ErrorCode::FailedPrecondition, message))
         }
+        Some(_) => Ok(()),
+        None => Err(has_ended(&asked.operation_id())),
     }
 }
 
@@ -217,12 +231,14 @@ pub(crate) fn has_ended(id: &str) -> VastoError {
     VastoError::new(ErrorCode::FailedPrecondition, format!("operation {id} has ended already"))
 }
 
-fn pace_error(error: PaceError) -> VastoError {
+pub(crate) fn pace_error(error: PaceError) -> VastoError {
     let code = match &error {
         PaceError::TooSlow(_) => ErrorCode::InvalidArgument,
-        PaceError::Ended(_) | PaceError::Sealed(_) | PaceError::Committed(_) => {
-            ErrorCode::FailedPrecondition
-        }
+        PaceError::Ended(_)
+        | PaceError::Sealed(_)
+        | PaceError::Committed(_)
+        | PaceError::PartOfPaused(..)
+        | PaceError::PartOfBounded(..) => ErrorCode::FailedPrecondition,
     };
     VastoError::new(code, error.to_string())
 }

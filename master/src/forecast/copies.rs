@@ -1,5 +1,5 @@
 //! The forecast of a node's drain or replacement: each of its replicas is made anew on another node,
-//! one of a keyspace at a time.
+//! one of a keyspace at a time. All keyspaces share the bound of its rate.
 //!
 //! **Invariant:** targets are chosen as the driver chooses them, each with what those before it take.
 
@@ -58,6 +58,7 @@ pub(crate) fn drain(
 ) -> DrainForecast {
     let mut all = DrainForecast::default();
     let mut taken = BTreeMap::new();
+    let mut reads: BTreeMap<KeyspaceId, Read> = BTreeMap::new();
     for keyspace in state.active().filter(|keyspace| concerns(&keyspace.catalog, drain)) {
         let mut then = Catalog::clone(&keyspace.catalog);
         then.draining_nodes.push(drain.clone());
@@ -77,7 +78,7 @@ pub(crate) fn drain(
             let source = source_of(state, keyspace, shard);
             let weight = weighed.get(&(then.keyspace, shard.shard));
             let copy = Copying { keyspace, shard, source, weight, to, leaving: drain.node };
-            copy.add_to(&mut part, paces);
+            reads.entry(then.keyspace).or_default().add(copy.add_to(&mut part, paces));
             if let Some(to) = to {
                 let of_node: &mut (usize, u64) = taken.entry(to).or_default();
                 let bytes = part.sources.last().map_or(0, |source| source.moves);
@@ -86,7 +87,38 @@ pub(crate) fn drain(
         }
         all.parts.insert(then.keyspace, part);
     }
+    if let Some(max_rate) = paces.max_rate() {
+        all.parts.iter_mut().for_each(|(id, part)| share_rate(part, *id, &reads, max_rate));
+    }
     all
+}
+
+/// What copies read from the bucket.
+#[derive(Debug, Clone, Copy, Default)]
+struct Read {
+    bytes: f64,
+    /// How long that takes by itself.
+    seconds: f64,
+}
+
+impl Read {
+    fn add(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.seconds += other.seconds;
+    }
+}
+
+/// Adds the time for which a keyspace is held back by the rate that all keyspaces of the drain
+/// share: while it reads, each of the others reads as much, or all that it has to.
+fn share_rate(
+    part: &mut Forecast,
+    keyspace: KeyspaceId,
+    reads: &BTreeMap<KeyspaceId, Read>,
+    max_rate: f64,
+) {
+    let own = reads.get(&keyspace).copied().unwrap_or_default();
+    let meanwhile: f64 = reads.values().map(|other| other.bytes.min(own.bytes)).sum();
+    part.seconds += (meanwhile / max_rate - own.seconds).max(0.0);
 }
 
 /// Returns the shards of which no live replica can give a copy, so that only the bucket can.
@@ -152,8 +184,8 @@ impl Copied {
 }
 
 impl Copying<'_> {
-    /// Adds this replica to the part of its keyspace.
-    fn add_to(&self, part: &mut Forecast, paces: &Paces) {
+    /// Adds this replica to the part of its keyspace; returns what it reads.
+    fn add_to(&self, part: &mut Forecast, paces: &Paces) -> Read {
         let Self { keyspace, shard, source, weight, to, leaving } = *self;
         let copied = Copied::of(source, weight);
         let bytes = copied.bytes.round() as u64;
@@ -181,10 +213,12 @@ impl Copying<'_> {
         let by_target = if ships { 2 + puts(bytes) } else { 0 };
         part.puts += 2 + puts(copied.unshipped.round() as u64) + by_target;
         let (from, at) = (paces.at(node), paces.at(to));
-        part.seconds += COPY_SECONDS + copied.unshipped / from.upload + copied.bytes / at.download;
+        let read = Read { bytes: copied.bytes, seconds: copied.bytes / at.download };
+        part.seconds += COPY_SECONDS + copied.unshipped / from.upload + read.seconds;
         if let Some(to) = to {
             *part.disk.entry(to).or_default() += bytes;
         }
+        read
     }
 }
 

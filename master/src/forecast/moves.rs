@@ -32,6 +32,11 @@ pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
         }
     }
     forecast.seconds = at_nodes.seconds();
+    // All moves together have the rate.
+    if let Some(max_rate) = paces.max_rate().filter(|_| forecast.bytes_from_bucket > 0) {
+        let reading = forecast.bytes_from_bucket as f64 / max_rate;
+        forecast.seconds = forecast.seconds.max(MOVE_SECONDS + reading);
+    }
     forecast
 }
 
@@ -64,6 +69,11 @@ mod tests {
         assert_eq!(forecast.disk[&NodeId(4)], 200 * MIB);
         // At the assumed 200 MiB a second.
         assert_eq!(forecast.seconds, 2.0 * MOVE_SECONDS + 1.0);
+        let at = |mib: u64| Paces::default().at_most(Some(mib * MIB));
+        assert_eq!(moves(&made, &at(10)).seconds, MOVE_SECONDS + 25.0, "all of them share it");
+        assert_eq!(moves(&made, &at(1_000)).seconds, forecast.seconds);
+        assert_eq!(moves(&[primary], &at(1)).seconds, 16.0 / 200.0, "a checkpoint never waits");
+        assert_eq!(moves(&[], &at(1)).seconds, 0.0);
         assert_eq!(moves(&[], &Paces::default()), Forecast::default());
     }
 }

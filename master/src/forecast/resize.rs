@@ -4,6 +4,8 @@
 //! **Invariant:** a replica that has reported no bands (of an older node, or not measured yet)
 //! counts by the sum of its bytes and the shares of the hash, without what tables and lists add.
 
+use std::collections::BTreeSet;
+
 use vasto_core::band::Band;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
@@ -102,28 +104,40 @@ pub(crate) fn resize(
         ..Forecast::default()
     };
     let mut at_sources = SideBySide::default();
+    let sources: BTreeSet<NodeId> = gives.iter().filter_map(|gives| gives.source.node).collect();
     for gives in &gives {
-        at_sources.add(gives.source.node, gives.seconds(shape, paces));
+        at_sources.add(gives.source.node, gives.seconds(shape, paces, sources.len()));
         forecast.puts += gives.puts(shape);
         if let Some(node) = gives.source.node.filter(|_| shape.exports()) {
             *forecast.disk.entry(node).or_default() += gives.source.moves;
         }
     }
     let mut at_targets = SideBySide::default();
-    for takes in shape.receivers(catalog, plan) {
-        take(&takes, &gives, shape, paces, &mut at_targets, &mut forecast);
+    let receivers = shape.receivers(catalog, plan);
+    let sharing = nodes_of(&receivers);
+    for takes in &receivers {
+        take(takes, &gives, shape, (paces, sharing), &mut at_targets, &mut forecast);
     }
     let fixed = if shape.shrinks() { SHRINK_SECONDS } else { GROW_SECONDS };
     forecast.seconds = fixed + at_sources.seconds() + at_targets.seconds();
     forecast
 }
 
-/// Adds what the replicas of one shard take.
+/// Returns the number of nodes that receive; while they are not chosen, each replica is on one of
+/// its own.
+fn nodes_of(receivers: &[Takes]) -> usize {
+    let chosen: BTreeSet<NodeId> =
+        receivers.iter().flat_map(|takes| takes.nodes.iter().copied()).collect();
+    let replicas: u64 = receivers.iter().map(|takes| takes.replicas).sum();
+    if chosen.is_empty() { replicas as usize } else { chosen.len() }
+}
+
+/// Adds what the replicas of one shard take, whose nodes share the rate with others.
 fn take(
     takes: &Takes,
     gives: &[Gives],
     shape: Shape,
-    paces: &Paces,
+    (paces, sharing): (&Paces, usize),
     at_targets: &mut SideBySide,
     forecast: &mut Forecast,
 ) {
@@ -151,8 +165,10 @@ fn take(
         false => chosen.collect(),
     };
     for (at, node) in nodes.into_iter().enumerate() {
-        let rates = paces.at(node);
-        let ships = if at == 0 { moved / rates.upload } else { 0.0 };
+        let rates = paces.shared_at(node, sharing);
+        // A survivor ships as it always does.
+        let upload = if shape.shrinks() { paces.at(node).upload } else { rates.upload };
+        let ships = if at == 0 { moved / upload } else { 0.0 };
         at_targets.add(node, fetched / rates.download + moved / rates.rewrite + ships);
     }
 }
@@ -327,11 +343,12 @@ impl Gives {
         2 + puts(self.unshipped.round() as u64) + export
     }
 
-    fn seconds(&self, shape: Shape, paces: &Paces) -> f64 {
+    /// Returns how long the source works, whose node shares the rate with others.
+    fn seconds(&self, shape: Shape, paces: &Paces, sharing: usize) -> f64 {
         let rates = paces.at(self.source.node);
         let moves = self.source.moves as f64;
         let first = match (shape.exports(), self.rewrites(shape)) {
-            (true, _) => moves / rates.export,
+            (true, _) => moves / paces.shared_at(self.source.node, sharing).export,
             (false, true) => moves / rates.rewrite,
             (false, false) => 0.0,
         };

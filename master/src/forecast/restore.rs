@@ -4,6 +4,8 @@
 //! **Invariant:** what the nodes ship before the restore reads it counts as they report it; what
 //! only the bucket holds, as the caller has weighed it.
 
+use std::collections::BTreeSet;
+
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{NodeId, ShardId};
 use vasto_core::report::ReplicaReport;
@@ -61,6 +63,8 @@ pub(crate) fn restore(
 ) -> Forecast {
     let mut forecast = Forecast::default();
     let (mut at_sources, mut at_targets) = (SideBySide::default(), SideBySide::default());
+    let chosen: BTreeSet<NodeId> = restored.nodes.iter().flatten().copied().collect();
+    let sharing = if chosen.is_empty() { restored.then.placement.len() } else { chosen.len() };
     for (at, shard) in restored.then.placement.iter().enumerate() {
         let shard = shard.shard;
         let ships_first = restored.ships_first(state, shard);
@@ -90,7 +94,7 @@ pub(crate) fn restore(
         // Its first manifest names the files of the source; the log that was replayed is new.
         forecast.puts += 2 + puts(weight.chunk_bytes);
         let node = restored.nodes.get(at).and_then(|nodes| nodes.first().copied());
-        let rates = paces.at(node);
+        let rates = paces.shared_at(node, sharing);
         let log = weight.chunk_bytes as f64;
         at_targets.add(node, bytes as f64 / rates.download + log / rates.rewrite);
         if let Some(node) = node {

@@ -67,6 +67,11 @@ fn a_shrink_moves_all_of_its_retiring_shards_to_every_replica_of_the_others() {
     assert_eq!(forecast.moving_fraction, Some(1.0 / 3.0));
     // 120 MiB are exported at 100 MiB/s; 60 are read at 200, rewritten at 80 and shipped at 200.
     assert!((forecast.seconds - (2.0 + 1.2 + 0.3 + 0.75 + 0.3)).abs() < 0.01, "{forecast:?}");
+    // One node exports at 20 MiB/s; four nodes read at 5 each, and ship as always.
+    let paces = Paces::default().at_most(Some(20 * MIB));
+    let slow = resize(&catalog, &reports, 2, None, &paces);
+    assert!((slow.seconds - (2.0 + 6.0 + 12.0 + 0.75 + 0.3)).abs() < 0.01, "{slow:?}");
+    assert_eq!(Forecast { seconds: 0.0, ..slow }, Forecast { seconds: 0.0, ..forecast });
 }
 
 #[test]
@@ -81,6 +86,10 @@ fn a_grow_by_one_reads_files_and_one_by_several_exports() {
     let two = resize(&catalog, &reports, 4, next.plan.as_ref(), &Paces::default());
     assert_eq!((moves(&two), two.bytes_moved), (vec![60, 60], 120 * MIB));
     assert_eq!(disk(&two), [(1, 60), (2, 60), (8, 120), (9, 120)]);
+    // Two nodes export 60 MiB each at 5 MiB/s each; two read and ship as much at the same rate.
+    let paces = Paces::default().at_most(Some(10 * MIB));
+    let slow = resize(&catalog, &reports, 4, next.plan.as_ref(), &paces);
+    assert!((slow.seconds - (1.0 + 12.0 + 12.0 + 0.75 + 12.0)).abs() < 0.01, "{slow:?}");
 }
 
 #[test]
@@ -253,11 +262,50 @@ fn a_drain_copies_each_replica_of_the_node_and_chooses_nodes_with_what_is_taken_
     assert_eq!(disk(part), [(2, 120), (3, 120)], "{part:?}");
     // One after the other: a copy, at 200 MiB/s, and a replica that leaves.
     assert!((part.seconds - 2.0 * (1.0 + 1.0 + 0.6)).abs() < 0.01, "{part:?}");
+    // At 24 MiB/s, 240 MiB take 10 s instead of 1.2.
+    let bounded = Paces::default().at_most(Some(24 * MIB));
+    let slow = drain(&roomy, &leaving, &Weighed::new(), 9_000, &bounded);
+    let slow = &slow.parts[&KeyspaceId(1)];
+    assert!((slow.seconds - (2.0 * (1.0 + 1.0) + 10.0)).abs() < 0.01, "{slow:?}");
     // There is room for one of them on each node; a single node has not enough for both.
     let tight = GIB + 200 * MIB;
     assert_eq!(forecast(&state(&catalog, &reports, 3, tight).0).refused, None);
     let short = forecast(&state(&catalog, &reports, 2, tight).0).refused.unwrap();
     assert!(short.message.contains("room for shard 1 of ks1"), "{short}");
+}
+
+#[test]
+fn the_keyspaces_of_a_drain_share_its_rate() {
+    let mut state = ClusterState::default();
+    let session = state.connect(&hello(1, "a:1"), false, 10).unwrap().session;
+    state.connect(&hello(2, "a:2"), false, 10).unwrap();
+    for (id, mib) in [(1, 100), (2, 300)] {
+        let spec = KeyspaceSpec::default();
+        let nodes = [vec![NodeId(1)]];
+        let first = Catalog::first(KeyspaceId(id), &format!("ks{id}"), spec, &nodes, 1_000, 1);
+        state.install(first, Delivery::Push);
+        let report = ReplicaReport {
+            keyspace: KeyspaceId(id),
+            bytes: mib * MIB,
+            manifest_lsn: Lsn(100),
+            ..replica_report(1, 1)
+        };
+        state.report(NodeId(1), session, &free_disk(50 * GIB), vec![report], 20);
+    }
+    let leaving = NodeDrain::new(NodeId(1), false, 5_000);
+    let seconds = |max_rate: Option<u64>| {
+        let paces = Paces::default().at_most(max_rate);
+        let parts = drain(&state, &leaving, &Weighed::new(), 9_000, &paces).parts;
+        [1, 2].map(|id| parts[&KeyspaceId(id)].seconds)
+    };
+    let near = |found: [f64; 2], wanted: [f64; 2]| {
+        let off = |at: usize| (found[at] - wanted[at]).abs();
+        assert!(off(0) < 0.01 && off(1) < 0.01, "{found:?} instead of {wanted:?}");
+    };
+    near(seconds(None), [2.5, 3.5]);
+    // At 20 MiB/s both have read 100 MiB after 10 s, and all of 400 is read after 20.
+    near(seconds(Some(20 * MIB)), [12.0, 22.0]);
+    near(seconds(Some(10_000 * MIB)), [2.5, 3.5]);
 }
 
 #[test]
@@ -291,6 +339,11 @@ fn a_restore_reads_what_its_nodes_ship_first_or_what_the_bucket_holds() {
     assert_eq!(now.bytes_moved, 60 * MIB + list + 120 * MIB);
     assert_eq!((now.bytes_from_bucket, now.sources.len()), (now.bytes_moved, 2));
     assert_eq!(now.disk[&NodeId(3)], 60 * MIB + list);
+    // Two nodes read at 6 MiB/s each; the larger shard has 120 MiB. What a node ships first is not
+    // held back.
+    let paces = Paces::default().at_most(Some(12 * MIB));
+    let slow = restore(&state, &restored(false), &Weighed::new(), &paces);
+    assert!((slow.seconds - now.seconds - (20.0 - 0.6)).abs() < 0.01, "{slow:?} {now:?}");
 
     assert_eq!(restored(true).known_by_the_bucket(&state), [ShardId(0), ShardId(1)]);
     let weight = Weight { files: 3, file_bytes: 10 * MIB, chunks: 5, chunk_bytes: MIB };

@@ -1,7 +1,9 @@
-//! How long work takes: at the rates that the nodes have measured, side by side on all of them.
+//! How long work takes: at the rates that the nodes have measured, side by side on all of them, and
+//! within the bound that is asked for.
 //!
 //! **Invariant:** a rate that a node has not measured is that of the others; one that none has
-//! measured is assumed.
+//! measured is assumed. A bound holds for what passes the gates of the nodes: downloads, exports, and
+//! the files that new replicas ship; not for the disk, nor for checkpoints of replicas that serve.
 
 use std::collections::BTreeMap;
 
@@ -42,6 +44,8 @@ pub(super) const RESTORE_SECONDS: f64 = 1.0;
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Paces {
     nodes: BTreeMap<NodeId, [Option<f64>; 4]>,
+    /// The most bytes a second that all nodes together read and write at the bucket.
+    max_rate: Option<f64>,
 }
 
 impl Paces {
@@ -52,7 +56,31 @@ impl Paces {
             let rates = node.rates;
             (*id, [rates.download, rates.rewrite, rates.export, rates.upload].map(measured))
         });
-        Self { nodes: nodes.collect() }
+        Self { nodes: nodes.collect(), max_rate: None }
+    }
+
+    /// Returns the same rates within a bound of what all nodes together read and write at the
+    /// bucket, bytes a second.
+    pub(crate) fn at_most(self, max_rate: Option<u64>) -> Self {
+        Self { max_rate: max_rate.map(|rate| rate.max(1) as f64), ..self }
+    }
+
+    /// Returns the bound of the rate, bytes a second.
+    pub(super) fn max_rate(&self) -> Option<f64> {
+        self.max_rate
+    }
+
+    /// Returns the rates at which a node does bulk work that so many nodes share in equal parts.
+    pub(super) fn shared_at(&self, node: Option<NodeId>, nodes: usize) -> Rates {
+        let rates = self.at(node);
+        let Some(max_rate) = self.max_rate else { return rates };
+        let part = max_rate / nodes.max(1) as f64;
+        Rates {
+            download: rates.download.min(part),
+            export: rates.export.min(part),
+            upload: rates.upload.min(part),
+            ..rates
+        }
     }
 
     /// Returns the rates of a node; of one that is not chosen yet, those of the others.
@@ -107,6 +135,19 @@ mod tests {
         paces.nodes.insert(NodeId(2), [Some(30.0), Some(5.0), None, None]);
         assert_eq!(paces.at(Some(NodeId(1))), Rates { download: 10.0, rewrite: 5.0, ..ASSUMED });
         assert_eq!(paces.at(None).download, 20.0);
+    }
+
+    #[test]
+    fn a_bound_is_shared_and_holds_back_neither_the_disk_nor_what_is_slower() {
+        let mut paces = Paces::default();
+        paces.nodes.insert(NodeId(1), [Some(10.0), Some(1_000.0), Some(90.0), None]);
+        let free = paces.at(Some(NodeId(1)));
+        let bounded = paces.at_most(Some(100));
+        assert_eq!((bounded.at(Some(NodeId(1))), bounded.max_rate()), (free, Some(100.0)));
+        let shared = Rates { download: 10.0, rewrite: 1_000.0, export: 50.0, upload: 50.0 };
+        assert_eq!(bounded.shared_at(Some(NodeId(1)), 2), shared);
+        let lifted = bounded.at_most(None);
+        assert_eq!((lifted.shared_at(Some(NodeId(1)), 2), lifted.max_rate()), (free, None));
     }
 
     #[test]

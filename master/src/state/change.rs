@@ -20,8 +20,12 @@ pub(crate) enum CatalogChange {
     EndQuarantines { to: u32 },
     /// Undo the running plan.
     Cancel { plan: PlanId },
-    /// Pause, resume or slow down the running plan.
+    /// Pause, resume or slow down a running plan, or that of a move.
     Pace { plan: PlanId, pace: Pace },
+    /// Pause, resume or slow down the operation that drains a node.
+    PaceDrain { operation: String, pace: Pace },
+    /// Pause, resume or slow down the moves of that rebalance, as it was itself.
+    PaceMoves { rebalance_us: u64, pace: Pace },
     /// Transfer leadership to another replica of the shard.
     TransferLeadership { from: ReplicaId, to: ReplicaId },
     /// Evict a replica from its placement; with `accept_loss`, for good.

@@ -21,7 +21,8 @@ use super::change::CANCELLED;
 use super::keyspace::{Delivery, Keyspace};
 
 impl ClusterState {
-    /// Returns the next action of a keyspace's driver.
+    /// Returns the next action of a keyspace's driver. What is written has the pace of the drains and
+    /// of the rebalance that it is a part of; when nothing else is, that is written alone.
     pub(crate) fn decide(
         &self,
         keyspace: KeyspaceId,
@@ -29,6 +30,20 @@ impl ClusterState {
         now_us: u64,
         nonce: u64,
     ) -> Advance {
+        match self.decide_alone(keyspace, mono_us, now_us, nonce) {
+            Advance::Write(mut next) => {
+                self.follow_wholes(&mut next);
+                Advance::Write(next)
+            }
+            other => {
+                let paced = self.with_pace_of_wholes(keyspace, now_us, nonce);
+                paced.map_or(other, |next| Advance::Write(Box::new(next)))
+            }
+        }
+    }
+
+    /// Returns the next action of a keyspace by itself.
+    fn decide_alone(&self, keyspace: KeyspaceId, mono_us: u64, now_us: u64, nonce: u64) -> Advance {
         let Some(keyspace) = self.keyspaces.get(&keyspace) else { return Advance::Idle };
         let (catalog, reports) = (&keyspace.catalog, &keyspace.reports);
         if catalog.state == KeyspaceState::Deleted {
@@ -69,6 +84,7 @@ impl ClusterState {
                     candidates.iter().filter(|candidate| candidate.copying < COPIES_PER_NODE_MAX);
                 self.best(not_busy, catalog, shard, now_us)
             },
+            site: &|node| self.site(node),
         };
         if let Some(next) = advance_members(catalog, reports, &around, now_us, nonce) {
             return Advance::Write(Box::new(next));

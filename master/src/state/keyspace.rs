@@ -11,12 +11,15 @@ use std::time::Instant;
 
 use tokio::sync::{Notify, mpsc, watch};
 use vasto_core::catalog::{Catalog, KeyspaceState};
-use vasto_core::ids::{NodeId, ReplicaId};
+use vasto_core::ids::{NodeId, PlanId, ReplicaId};
+use vasto_core::operation::operation_id;
+use vasto_core::plan::{Plan, Step};
 use vasto_core::report::{ReplicaReport, Reports};
 use vasto_proto::v1;
 
 use super::change::ChangeRequest;
 use super::watch::PlanWatch;
+use super::whole_watch::WholeWatch;
 
 /// The most requests that may wait for one driver.
 const REQUESTS_MAX: usize = 16;
@@ -50,8 +53,10 @@ pub(crate) struct Keyspace {
     pub(crate) behind: bool,
     /// The condition that the plan waits for.
     pub(crate) waiting_for: Option<String>,
-    /// What is observed of the running plan.
-    pub(crate) watch: Option<PlanWatch>,
+    /// What is observed of each running plan.
+    pub(crate) watches: BTreeMap<PlanId, PlanWatch>,
+    /// Whether the drains of nodes go on, by their operations.
+    pub(crate) drains: BTreeMap<String, WholeWatch>,
     pub(super) topology: watch::Sender<v1::Topology>,
     /// Raised by every change; for tasks that wait for a condition.
     changed: watch::Sender<u64>,
@@ -78,7 +83,8 @@ impl Keyspace {
             reporters: BTreeMap::new(),
             behind: false,
             waiting_for: None,
-            watch: None,
+            watches: BTreeMap::new(),
+            drains: BTreeMap::new(),
             topology: watch::Sender::new(topology),
             changed: watch::Sender::new(0),
             wake: Arc::new(Notify::new()),
@@ -122,6 +128,27 @@ impl Keyspace {
             Delivery::Push => now_us.saturating_sub(in_force_us).max(written_at_us),
             Delivery::Hold | Delivery::Undo => written_at_us,
         }
+    }
+
+    /// Returns what a running plan waits for. The rules say that of one plan of the keyspace; of
+    /// several replicas that move, each waits for the end of its step.
+    pub(crate) fn waiting_for_of(&self, plan: &Plan) -> Option<String> {
+        let moving = self.catalog.moves.iter().find(|moving| moving.id() == plan.id);
+        let Some(moving) = moving.filter(|_| self.catalog.moves.len() > 1) else {
+            return self.waiting_for.clone();
+        };
+        let to = moving.to().map(|node| format!(" on {node}")).unwrap_or_default();
+        Some(match plan.step {
+            Step::Prepare | Step::Tail if plan.paused => {
+                let id = operation_id(self.catalog.keyspace, plan.id);
+                format!("`vasto operation resume {id}`: it is paused")
+            }
+            Step::Prepare => "the checkpoint that it copies".to_owned(),
+            Step::Tail => format!("the copy{to} to catch up"),
+            Step::Sealing | Step::Committed => {
+                format!("replica {} to leave, once the new one{to} serves", moving.replaces)
+            }
+        })
     }
 
     /// Subscribes to the newest topology, and every later one.

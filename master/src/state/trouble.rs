@@ -189,6 +189,30 @@ pub(crate) fn trouble(facts: &Facts<'_>) -> Option<Trouble> {
     )
 }
 
+/// Returns why a drain or a rebalance does not go on, of which no part runs; `None` while it may.
+pub(crate) fn trouble_of_whole(
+    id: &str,
+    waiting_for: Option<&str>,
+    still_us: u64,
+    outage: Option<&str>,
+) -> Option<Trouble> {
+    let found = |what: String, next: String| Some(Trouble { what, next, for_us: still_us });
+    if let Some(why) = outage.filter(|_| still_us >= CAUSE_TOLD_US) {
+        let next = "look at the bucket and the way to it; the operation goes on by itself";
+        return found(format!("the bucket does not answer the master: {why}"), next.to_owned());
+    }
+    if still_us < TOLD_WITHIN_US {
+        return None;
+    }
+    let waits = waiting_for.unwrap_or("its nodes to report");
+    found(
+        format!("nothing moves; it waits for {waits}"),
+        format!(
+            "`vasto operation list` says what has failed; end it with `vasto operation cancel {id}`"
+        ),
+    )
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

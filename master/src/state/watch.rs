@@ -1,10 +1,13 @@
-//! What is observed of the running plan of a keyspace: how fast it moves, and what holds it up.
+//! What is observed of the running plans of a keyspace, those of its moves included: how fast they
+//! move, and what holds them up.
 //!
 //! **Invariant:** an observation belongs to one plan; another plan, or a restart of the master,
 //! begins anew. Nothing here decides anything.
 
-use vasto_core::catalog::Catalog;
-use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
+use std::collections::BTreeMap;
+
+use vasto_core::catalog::{Catalog, ShardPlacement};
+use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{Plan, Step};
 use vasto_core::report::{Reports, SourceProgress, TargetProgress};
@@ -16,7 +19,6 @@ use super::trouble::{Facts, Trouble, trouble};
 /// The observations of one plan.
 #[derive(Debug)]
 pub(crate) struct PlanWatch {
-    plan: PlanId,
     marks: Vec<u64>,
     /// When the marks changed last, or a pause ended.
     moved_us: u64,
@@ -90,9 +92,18 @@ fn marks(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Vec<u64> {
         marks.extend([progress.bytes_done, progress.rows_done]);
         marks.extend(progress.cursors.values().map(|lsn| lsn.0));
     }
-    // A replica that is added reads the log like any other; every one takes over the versions.
-    let made = plan.targets.iter().filter_map(|target| reports.get(&target.replica));
-    marks.extend(made.filter(|_| plan.adds_member()).map(|report| report.lsn.0));
+    if plan.adds_member() {
+        // It reads the log like any other; once it is placed, that says nothing of the plan. What
+        // the other shards do never does.
+        let copying = plan.targets.iter().filter(|_| plan.step != Step::Committed);
+        let made = copying.filter_map(|target| reports.get(&target.replica));
+        marks.extend(made.map(|report| report.lsn.0));
+        let shard = plan.targets.first().and_then(|target| catalog.shard(target.shard));
+        marks.extend(shard.map(|shard| shard.replicas.len() as u64));
+        marks.extend(shard.and_then(ShardPlacement::primary).map(|primary| primary.replica.0));
+        return marks;
+    }
+    // Every replica takes over the versions.
     let placed = catalog.placement.iter().flat_map(|shard| &shard.replicas);
     let placed = placed.filter_map(|member| reports.get(&member.replica));
     marks.extend(placed.flat_map(|report| [report.version.0, report.replication.floor]));
@@ -100,8 +111,8 @@ fn marks(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Vec<u64> {
 }
 
 impl PlanWatch {
-    fn new(plan: PlanId, now_us: u64) -> Self {
-        Self { plan, marks: Vec::new(), moved_us: now_us, speed: Speed::default(), trouble: None }
+    fn new(now_us: u64) -> Self {
+        Self { marks: Vec::new(), moved_us: now_us, speed: Speed::default(), trouble: None }
     }
 
     /// Takes one observation; returns how long nothing has moved, microseconds.
@@ -125,41 +136,45 @@ impl PlanWatch {
 }
 
 impl ClusterState {
-    /// Observes every running plan. `outage`: why the bucket does not answer this master.
+    /// Observes everything that runs. `outage`: why the bucket does not answer this master.
     pub(crate) fn observe(&mut self, mono_us: u64, outage: Option<&str>) {
         let ids: Vec<KeyspaceId> = self.keyspaces.keys().copied().collect();
+        let copies = self.active().any(|one| one.catalog.plans().any(Plan::adds_member));
         for id in ids {
-            self.observe_one(id, mono_us, outage);
+            self.observe_plans(id, mono_us, outage);
+            self.observe_drains(id, copies, mono_us, outage);
         }
+        self.observe_rebalance(mono_us, outage);
     }
 
-    fn observe_one(&mut self, id: KeyspaceId, mono_us: u64, outage: Option<&str>) {
+    fn observe_plans(&mut self, id: KeyspaceId, mono_us: u64, outage: Option<&str>) {
         let Some(keyspace) = self.keyspaces.get_mut(&id) else { return };
+        let mut before = std::mem::take(&mut keyspace.watches);
         let catalog = keyspace.catalog.clone();
-        let before = keyspace.watch.take();
-        let Some(plan) = &catalog.plan else { return };
-        let mut watch = before
-            .filter(|watch| watch.plan == plan.id)
-            .unwrap_or_else(|| PlanWatch::new(plan.id, mono_us));
-        let bytes = StepBytes::of(plan, &keyspace.reports);
-        let marks = marks(&catalog, plan, &keyspace.reports);
-        let still_us = watch.note(plan, marks, bytes, mono_us);
-        let found = self.keyspaces.get(&id).and_then(|keyspace| {
-            trouble(&Facts {
+        let mut watches = BTreeMap::new();
+        for plan in catalog.plans() {
+            let Some(keyspace) = self.keyspaces.get(&id) else { return };
+            let mut watch = before.remove(&plan.id).unwrap_or_else(|| PlanWatch::new(mono_us));
+            let bytes = StepBytes::of(plan, &keyspace.reports);
+            let marks = marks(&catalog, plan, &keyspace.reports);
+            let still_us = watch.note(plan, marks, bytes, mono_us);
+            let waiting_for = keyspace.waiting_for_of(plan);
+            let found = trouble(&Facts {
                 catalog: &catalog,
                 plan,
                 reports: &keyspace.reports,
-                waiting_for: keyspace.waiting_for.as_deref(),
+                waiting_for: waiting_for.as_deref(),
                 still_us,
                 away_us: &|node| self.away_us(node, mono_us),
                 bucket_trouble: &|node| self.bucket_trouble(node),
                 outage,
-            })
-        });
-        log_change(&operation_id(id, plan.id), watch.trouble.as_ref(), found.as_ref());
-        watch.trouble = found;
+            });
+            log_change(&operation_id(id, plan.id), watch.trouble.as_ref(), found.as_ref());
+            watch.trouble = found;
+            watches.insert(plan.id, watch);
+        }
         if let Some(keyspace) = self.keyspaces.get_mut(&id) {
-            keyspace.watch = Some(watch);
+            keyspace.watches = watches;
         }
     }
 
@@ -170,7 +185,7 @@ impl ClusterState {
     }
 }
 
-fn log_change(operation: &str, before: Option<&Trouble>, now: Option<&Trouble>) {
+pub(super) fn log_change(operation: &str, before: Option<&Trouble>, now: Option<&Trouble>) {
     match (before, now) {
         (None, Some(now)) => {
             tracing::info!(operation, what = now.what, next = now.next, "the operation is held up");
@@ -183,12 +198,13 @@ fn log_change(operation: &str, before: Option<&Trouble>, now: Option<&Trouble>) 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use vasto_core::reconcile::{Pace, set_pace, start_resize};
+    use vasto_core::ids::{Lsn, PlanId, ReplicaId, ShardId};
+    use vasto_core::reconcile::{MoveOrder, Pace, set_pace, start_moves, start_resize};
     use vasto_core::report::{ReplicaReport, TargetStage};
     use vasto_proto::v1;
 
     use super::*;
-    use crate::state::tests::{replica_report, two_nodes};
+    use crate::state::tests::{hello, replica_report, two_nodes};
     use crate::state::{Delivery, Keyspace};
 
     const KS: KeyspaceId = KeyspaceId(1);
@@ -214,7 +230,7 @@ mod tests {
     }
 
     fn watch(state: &ClusterState) -> &PlanWatch {
-        state.keyspaces[&KS].watch.as_ref().unwrap()
+        state.keyspaces[&KS].watches.values().next().unwrap()
     }
 
     #[test]
@@ -265,6 +281,48 @@ mod tests {
         let ended = Catalog { plan: None, ..state.keyspaces[&KS].catalog.next(8_000, 5) };
         state.install(ended, Delivery::Push);
         state.observe(1_013 * SECOND, None);
-        assert!(state.keyspaces[&KS].watch.is_none());
+        assert!(state.keyspaces[&KS].watches.is_empty());
+    }
+
+    #[test]
+    fn each_move_has_a_watch_and_what_others_do_does_not_hide_that_it_stands_still() {
+        let (mut state, session, _) = two_nodes();
+        state.connect(&hello(3, "a:3"), false, 10).unwrap();
+        let order = |replica: u64| MoveOrder {
+            shard: ShardId(replica as u32 - 1),
+            replica: ReplicaId(replica),
+            to: NodeId(3),
+        };
+        let before = state.keyspaces[&KS].catalog.clone();
+        let mut moving = start_moves(&before, &[order(1), order(2)], 7, 5_000, 2).unwrap();
+        moving.moves.iter_mut().for_each(|one| one.plan.step = Step::Tail);
+        let ids: Vec<_> = moving.moves.iter().map(|one| one.id()).collect();
+        state.install(moving.clone(), Delivery::Push);
+        state.keyspaces.get_mut(&KS).unwrap().waiting_for = Some("the first of them".into());
+        for second in 0..12 {
+            // Shard 0, which gives, goes on taking writes; its floor rises, and versions are applied.
+            let mut report = replica_report(1, second);
+            report.lsn = Lsn(100 + second);
+            report.replication.floor = second;
+            let replicas = vec![report];
+            state.report(NodeId(1), session, &v1::Report::default(), replicas, second * SECOND);
+            state.observe(second * SECOND, None);
+        }
+        for id in &ids {
+            let trouble = state.keyspaces[&KS].watches[id].trouble.clone().unwrap();
+            assert!(trouble.what.contains("the copy on"), "{trouble:?}");
+            let cancel = format!("vasto operation cancel {}", operation_id(KS, *id));
+            assert!(trouble.next.contains(&cancel), "{trouble:?}");
+        }
+        // One of them is paused, the other ends.
+        let paused = set_pace(&moving, ids[0], Pace::Pause, 6_000, 3).unwrap();
+        state.install(paused.clone(), Delivery::Push);
+        state.observe(13 * SECOND, None);
+        assert_eq!(state.keyspaces[&KS].watches[&ids[0]].trouble, None);
+        let mut one = paused.next(7_000, 4);
+        one.moves.truncate(1);
+        state.install(one, Delivery::Push);
+        state.observe(14 * SECOND, None);
+        assert!(state.keyspaces[&KS].watches.keys().eq(&ids[..1]));
     }
 }

@@ -8,10 +8,12 @@ use vasto_core::catalog::{Catalog, KeyspaceState, NodeDrain};
 use vasto_core::estimate::Estimate;
 use vasto_core::ids::{Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationOutcome, OperationReport};
+use vasto_core::plan::Plan;
 use vasto_core::reconcile::so_far;
 use vasto_core::report::PauseMs;
 
 use super::plan::{RunningDoc, TroubleDoc, running};
+use super::whole::{ProgressDoc, TotalsDoc, UnderWayDoc};
 use crate::state::{ClusterState, Keyspace};
 
 /// The drain of a node.
@@ -24,40 +26,15 @@ pub(crate) struct DrainDoc {
     from: NodeId,
     to: Option<NodeId>,
     #[serde(flatten)]
-    progress: DrainProgress,
+    progress: ProgressDoc,
     replicas_moved: u64,
     replicas_left: usize,
-    keys_moved: u64,
-    bytes_moved: u64,
-    bytes_from_bucket: u64,
-    bytes_from_peers: u64,
-    objects_read: u64,
-    /// No write waits for a drain.
-    write_pause_ms: PauseMs,
-    duration_ms: u64,
-    pub(super) started_at_us: u64,
+    #[serde(flatten)]
+    pub(super) totals: TotalsDoc,
     reached: Vec<ReachedDoc>,
     /// What was estimated before it began, of all keyspaces together.
     #[serde(skip_serializing_if = "Option::is_none")]
     estimate: Option<Estimate>,
-}
-
-#[derive(Serialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-enum DrainProgress {
-    Running {
-        step: String,
-        waiting_for: Option<String>,
-        bytes_done: u64,
-        bytes_total: u64,
-        /// Bytes a second of all operations that move its replicas.
-        rate: Option<u64>,
-        trouble: Option<TroubleDoc>,
-    },
-    Aborted {
-        reason: Option<String>,
-    },
-    Done,
 }
 
 /// The end of a log that was read from the bucket.
@@ -135,42 +112,56 @@ pub(crate) fn drain(state: &ClusterState, id: &str, now_us: u64) -> Option<Drain
             .iter()
             .filter_map(|keyspace| drain_by(&keyspace.catalog, id))
             .find_map(|drain| drain.to),
-        progress: progress(&running, &ended, replicas_left),
+        progress: progress(id, &running, &ended, replicas_left),
         replicas_moved: sum(|report| report.copies),
         replicas_left,
-        keys_moved: sum(|report| report.keys_moved),
-        bytes_moved: sum(|report| report.bytes_moved),
-        bytes_from_bucket: sum(|report| report.bytes_from_bucket),
-        bytes_from_peers: sum(|report| report.bytes_from_peers),
-        objects_read: sum(|report| report.objects_read),
-        write_pause_ms: PauseMs::default(),
-        duration_ms: until_us.saturating_sub(since_us) / 1000,
-        started_at_us: since_us,
+        totals: TotalsDoc {
+            keys_moved: sum(|report| report.keys_moved),
+            bytes_moved: sum(|report| report.bytes_moved),
+            bytes_from_bucket: sum(|report| report.bytes_from_bucket),
+            bytes_from_peers: sum(|report| report.bytes_from_peers),
+            objects_read: sum(|report| report.objects_read),
+            write_pause_ms: PauseMs::default(),
+            duration_ms: until_us.saturating_sub(since_us) / 1000,
+            started_at_us: since_us,
+        },
         reached: figures.iter().flat_map(reached).collect(),
         estimate: estimate_of(&figures),
     })
 }
 
 fn progress(
+    id: &str,
     running_in: &[&Keyspace],
     ended: &[&OperationReport],
     replicas_left: usize,
-) -> DrainProgress {
+) -> ProgressDoc {
     if !running_in.is_empty() {
-        let plans: Vec<RunningDoc> =
-            running_in.iter().filter_map(|keyspace| running(keyspace)).collect();
-        return DrainProgress::Running {
-            step: format!("{replicas_left} replicas left"),
-            waiting_for: running_in.iter().find_map(|keyspace| keyspace.waiting_for.clone()),
-            bytes_done: plans.iter().map(|plan| plan.bytes_done).sum(),
-            bytes_total: plans.iter().map(|plan| plan.bytes_total).sum(),
-            rate: plans.iter().filter_map(|plan| plan.rate).reduce(|sum, rate| sum + rate),
-            trouble: plans.iter().find_map(|plan| plan.trouble.clone()),
+        let drains: Vec<&NodeDrain> =
+            running_in.iter().filter_map(|keyspace| drain_by(&keyspace.catalog, id)).collect();
+        // It goes on where it goes on.
+        let paused = drains.iter().all(|drain| drain.paused);
+        let waits = running_in.iter().find_map(|keyspace| keyspace.waiting_for.clone());
+        let waiting_for = match paused {
+            true => Some(format!("`vasto operation resume {id}`: it is paused")),
+            false => waits,
         };
+        // What changes the number of shards is no part of it.
+        let copies = running_in
+            .iter()
+            .filter(|keyspace| keyspace.catalog.plan.as_ref().is_some_and(Plan::adds_member));
+        let parts: Vec<RunningDoc> = copies.filter_map(|keyspace| running(keyspace)).collect();
+        let max_rate = drains.iter().find_map(|drain| drain.max_rate);
+        let mut watches = running_in.iter().filter_map(|keyspace| keyspace.drains.get(id));
+        let trouble = watches.find_map(|watch| watch.trouble.as_ref());
+        let trouble = trouble.map(TroubleDoc::from);
+        let step = format!("{replicas_left} replicas left");
+        let doc = UnderWayDoc::of(step, waiting_for, &parts, max_rate, trouble);
+        return doc.progress(paused);
     }
     match ended.iter().find(|report| report.outcome == OperationOutcome::Aborted) {
-        Some(aborted) => DrainProgress::Aborted { reason: aborted.reason.clone() },
-        None => DrainProgress::Done,
+        Some(aborted) => ProgressDoc::Aborted { reason: aborted.reason.clone() },
+        None => ProgressDoc::Done,
     }
 }
 

@@ -22,6 +22,13 @@ pub(crate) struct EstimateDoc {
     #[serde(skip_serializing_if = "Option::is_none")]
     moving_fraction: Option<f64>,
     sources: Vec<SourceDoc>,
+    #[serde(flatten)]
+    takes: TakesDoc,
+}
+
+/// What any change takes, and whether it would begin.
+#[derive(Serialize)]
+pub(super) struct TakesDoc {
     bytes_moved: u64,
     bytes_from_bucket: u64,
     requests: RequestsDoc,
@@ -30,6 +37,31 @@ pub(crate) struct EstimateDoc {
     cost: AmountDoc,
     /// What the change itself would be answered now.
     refused: Option<String>,
+}
+
+impl TakesDoc {
+    pub(super) fn of(
+        state: &ClusterState,
+        forecast: &Forecast,
+        refused: Option<String>,
+        prices: &Prices,
+    ) -> Self {
+        let Forecast { bytes_moved, bytes_from_bucket, gets: get, puts: put, .. } = *forecast;
+        let disk_needed = forecast.disk.iter().map(|(node, bytes)| DiskDoc {
+            node_id: *node,
+            bytes: *bytes,
+            free: state.disk_of(*node).filter(|disk| disk.bytes > 0).map(|disk| disk.free),
+        });
+        Self {
+            bytes_moved,
+            bytes_from_bucket,
+            requests: RequestsDoc { get, put },
+            disk_needed: disk_needed.collect(),
+            seconds: (forecast.seconds * 1000.0).round() / 1000.0,
+            cost: AmountDoc::of(get, put, bytes_from_bucket, prices),
+            refused,
+        }
+    }
 }
 
 /// What changes: the number of shards, or the node that has the replicas.
@@ -63,30 +95,30 @@ struct SourceDoc {
 }
 
 #[derive(Serialize)]
-pub(super) struct RequestsDoc {
-    pub(super) get: u64,
-    pub(super) put: u64,
+struct RequestsDoc {
+    get: u64,
+    put: u64,
 }
 
 /// Disk that a node needs while the change runs.
 #[derive(Serialize)]
-pub(super) struct DiskDoc {
-    pub(super) node_id: NodeId,
-    pub(super) bytes: u64,
+struct DiskDoc {
+    node_id: NodeId,
+    bytes: u64,
     /// Its free disk; `null` while it has not reported.
-    pub(super) free: Option<u64>,
+    free: Option<u64>,
 }
 
 /// The price of the requests, and of what is read.
 #[derive(Serialize)]
-pub(super) struct AmountDoc {
+struct AmountDoc {
     currency: String,
     amount: f64,
 }
 
 impl AmountDoc {
     /// Returns the price of so many requests, and of what they read.
-    pub(super) fn of(get: u64, put: u64, bytes_read: u64, prices: &Prices) -> Self {
+    fn of(get: u64, put: u64, bytes_read: u64, prices: &Prices) -> Self {
         let amount = amount(get, put, bytes_read, prices);
         Self { currency: prices.currency.clone(), amount }
     }
@@ -99,7 +131,6 @@ pub(crate) fn estimate(
     forecast: &Forecast,
     prices: &Prices,
 ) -> EstimateDoc {
-    let Forecast { bytes_moved, bytes_from_bucket, gets: get, puts: put, .. } = *forecast;
     let sources = forecast.sources.iter().map(|source| SourceDoc {
         keyspace: source.keyspace.clone(),
         shard: source.shard,
@@ -108,11 +139,6 @@ pub(crate) fn estimate(
         bytes: source.bytes,
         bytes_to_read: source.moves,
     });
-    let disk_needed = forecast.disk.iter().map(|(node, bytes)| DiskDoc {
-        node_id: *node,
-        bytes: *bytes,
-        free: state.disk_of(*node).filter(|disk| disk.bytes > 0).map(|disk| disk.free),
-    });
     EstimateDoc {
         keyspace: asked.keyspace,
         kind: asked.kind,
@@ -120,13 +146,7 @@ pub(crate) fn estimate(
         to: asked.to,
         moving_fraction: forecast.moving_fraction,
         sources: sources.collect(),
-        bytes_moved,
-        bytes_from_bucket,
-        requests: RequestsDoc { get, put },
-        disk_needed: disk_needed.collect(),
-        seconds: (forecast.seconds * 1000.0).round() / 1000.0,
-        cost: AmountDoc::of(get, put, bytes_from_bucket, prices),
-        refused: asked.refused,
+        takes: TakesDoc::of(state, forecast, asked.refused, prices),
     }
 }
 

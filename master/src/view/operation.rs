@@ -77,8 +77,8 @@ impl OperationDoc {
         match self {
             OperationDoc::Running(doc) => doc.started_at_us,
             OperationDoc::Finished(doc) => doc.report.started_at_us,
-            OperationDoc::Drain(doc) => doc.started_at_us,
-            OperationDoc::Rebalance(doc) => doc.started_at_us,
+            OperationDoc::Drain(doc) => doc.totals.started_at_us,
+            OperationDoc::Rebalance(doc) => doc.totals.started_at_us,
         }
     }
 }

@@ -125,7 +125,7 @@ pub(crate) fn moving(keyspace: &Keyspace) -> Vec<RunningDoc> {
 
 fn with_progress(keyspace: &Keyspace, plan: &Plan, mut doc: RunningDoc) -> RunningDoc {
     let (catalog, reports) = (&keyspace.catalog, &keyspace.reports);
-    doc.waiting_for = keyspace.waiting_for.clone();
+    doc.waiting_for = keyspace.waiting_for_of(plan);
     for (target, described) in plan.targets.iter().zip(&mut doc.targets) {
         let report = reports.get(&target.replica).and_then(|report| report.target.as_ref());
         if let Some(progress) = report.filter(|progress| progress.plan == plan.id) {
@@ -156,9 +156,7 @@ fn with_progress(keyspace: &Keyspace, plan: &Plan, mut doc: RunningDoc) -> Runni
         doc.retries += u64::from(failures);
         doc.last_error = doc.last_error.or_else(|| error.cloned());
     }
-    let watch = keyspace.watch.as_ref();
-    if let Some(watch) = watch.filter(|_| catalog.plan.as_ref().is_some_and(|of| of.id == plan.id))
-    {
+    if let Some(watch) = keyspace.watches.get(&plan.id) {
         doc.observe(watch, bytes);
     }
     doc

@@ -10,11 +10,12 @@ use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId, ShardId};
 use vasto_core::report::PauseMs;
 use vasto_shipping::{Prices, Rebalance};
 
-use super::estimate::{AmountDoc, DiskDoc, RequestsDoc};
-use super::plan::moving;
+use super::estimate::TakesDoc;
+use super::plan::{RunningDoc, TroubleDoc, moving};
+use super::whole::{ProgressDoc, TotalsDoc, UnderWayDoc};
 use crate::forecast::moves::moves as forecast_of;
 use crate::forecast::time::Paces;
-use crate::state::ClusterState;
+use crate::state::{CANCELLED, ClusterState};
 
 const KIND: &str = "rebalance";
 /// What the ids of rebalances begin with.
@@ -28,7 +29,7 @@ pub(crate) struct RebalanceDoc {
     /// The names of the keyspaces in which something has moved, or moves.
     keyspace: String,
     #[serde(flatten)]
-    progress: Progress,
+    progress: ProgressDoc,
     /// The nodes were even when it was asked for: nothing moves.
     balanced: bool,
     replicas_moved: u64,
@@ -37,23 +38,8 @@ pub(crate) struct RebalanceDoc {
     moves_failed: u64,
     replicas_left: usize,
     primaries_left: usize,
-    keys_moved: u64,
-    bytes_moved: u64,
-    bytes_from_bucket: u64,
-    bytes_from_peers: u64,
-    objects_read: u64,
-    /// No write waits for a move.
-    write_pause_ms: PauseMs,
-    duration_ms: u64,
-    pub(super) started_at_us: u64,
-}
-
-#[derive(Serialize)]
-#[serde(tag = "state", rename_all = "snake_case")]
-enum Progress {
-    Running { step: String, waiting_for: Option<String>, bytes_done: u64, bytes_total: u64 },
-    Aborted { reason: Option<String> },
-    Done,
+    #[serde(flatten)]
+    pub(super) totals: TotalsDoc,
 }
 
 /// Returns true for ids of rebalances.
@@ -74,7 +60,7 @@ pub(crate) fn of_id(state: &ClusterState, id: &str, now_us: u64) -> Option<Rebal
 
 /// Returns the answer for a cluster that is in balance.
 pub(crate) fn balanced(now_us: u64) -> RebalanceDoc {
-    let none = Rebalance { since_us: now_us, ended_us: Some(now_us), cancelled: false };
+    let none = Rebalance { since_us: now_us, ended_us: Some(now_us), ..Rebalance::default() };
     let document = document(&ClusterState::default(), none, now_us);
     RebalanceDoc { balanced: true, ..document }
 }
@@ -99,11 +85,9 @@ fn document(state: &ClusterState, rebalance: Rebalance, now_us: u64) -> Rebalanc
         kind: KIND,
         keyspace: names.into_iter().collect::<Vec<_>>().join(","),
         progress: match (runs, rebalance.cancelled) {
-            (true, _) => running(state),
-            (false, true) => {
-                Progress::Aborted { reason: Some("cancelled by an administrator".into()) }
-            }
-            (false, false) => Progress::Done,
+            (true, _) => running(state, rebalance),
+            (false, true) => ProgressDoc::Aborted { reason: Some(CANCELLED.into()) },
+            (false, false) => ProgressDoc::Done,
         },
         balanced: false,
         replicas_moved: sum(|one| one.moved.copies),
@@ -111,26 +95,33 @@ fn document(state: &ClusterState, rebalance: Rebalance, now_us: u64) -> Rebalanc
         moves_failed: sum(|one| one.failed),
         replicas_left: if runs { look.replicas_left } else { 0 },
         primaries_left: if runs { look.primaries_left } else { 0 },
-        keys_moved: sum(|one| one.moved.keys),
-        bytes_moved: sum(|one| one.moved.bytes),
-        bytes_from_bucket: sum(|one| one.moved.bytes_from_bucket),
-        bytes_from_peers: sum(|one| one.moved.bytes_from_peers),
-        objects_read: sum(|one| one.moved.objects_read),
-        write_pause_ms: PauseMs::default(),
-        duration_ms: rebalance.ended_us.unwrap_or(now_us).saturating_sub(since_us) / 1000,
-        started_at_us: since_us,
+        totals: TotalsDoc {
+            keys_moved: sum(|one| one.moved.keys),
+            bytes_moved: sum(|one| one.moved.bytes),
+            bytes_from_bucket: sum(|one| one.moved.bytes_from_bucket),
+            bytes_from_peers: sum(|one| one.moved.bytes_from_peers),
+            objects_read: sum(|one| one.moved.objects_read),
+            write_pause_ms: PauseMs::default(),
+            duration_ms: rebalance.ended_us.unwrap_or(now_us).saturating_sub(since_us) / 1000,
+            started_at_us: since_us,
+        },
     }
 }
 
-fn running(state: &ClusterState) -> Progress {
-    let plans: Vec<_> = state.active().flat_map(moving).collect();
+fn running(state: &ClusterState, rebalance: Rebalance) -> ProgressDoc {
+    let parts: Vec<RunningDoc> = state.active().flat_map(moving).collect();
     let look = &state.rebalance;
-    Progress::Running {
-        step: format!("{} replicas moving, {} left", plans.len(), look.replicas_left),
-        waiting_for: look.waiting_for.clone(),
-        bytes_done: plans.iter().map(|plan| plan.bytes_done).sum(),
-        bytes_total: plans.iter().map(|plan| plan.bytes_total).sum(),
-    }
+    let waiting_for = match rebalance.paused {
+        true => {
+            let id = rebalance.operation_id();
+            Some(format!("`vasto operation resume {id}`: it is paused"))
+        }
+        false => look.waiting_for.clone(),
+    };
+    let step = format!("{} replicas moving, {} left", parts.len(), look.replicas_left);
+    let trouble = state.rebalance_watch.trouble.as_ref().map(TroubleDoc::from);
+    UnderWayDoc::of(step, waiting_for, &parts, rebalance.max_rate, trouble)
+        .progress(rebalance.paused)
 }
 
 /// `cluster rebalance --plan`.
@@ -146,13 +137,8 @@ pub(crate) struct RebalancePlanDoc {
     /// Shards that get another preferred primary.
     primaries: Vec<MoveDoc>,
     sources: Vec<SourceDoc>,
-    bytes_moved: u64,
-    bytes_from_bucket: u64,
-    requests: RequestsDoc,
-    disk_needed: Vec<DiskDoc>,
-    seconds: f64,
-    cost: AmountDoc,
-    refused: Option<String>,
+    #[serde(flatten)]
+    takes: TakesDoc,
 }
 
 #[derive(Serialize)]
@@ -174,9 +160,14 @@ struct SourceDoc {
     bytes: u64,
 }
 
-/// Returns the plan of a rebalance that makes these moves.
-pub(crate) fn plan(state: &ClusterState, moves: &[Move], prices: &Prices) -> RebalancePlanDoc {
-    let forecast = forecast_of(moves, &Paces::of(state));
+/// Returns the plan of a rebalance that makes these moves, at this bound of its rate.
+pub(crate) fn plan(
+    state: &ClusterState,
+    moves: &[Move],
+    max_rate: Option<u64>,
+    prices: &Prices,
+) -> RebalancePlanDoc {
+    let forecast = forecast_of(moves, &Paces::of(state).at_most(max_rate));
     let name = |keyspace: KeyspaceId| {
         state.keyspaces.get(&keyspace).map(|keyspace| keyspace.catalog.name.clone())
     };
@@ -207,11 +198,6 @@ pub(crate) fn plan(state: &ClusterState, moves: &[Move], prices: &Prices) -> Reb
         let node_id = catalog.shard(shard)?.shipper()?.node;
         Some(SourceDoc { keyspace: catalog.name.clone(), shard, node_id, bytes })
     };
-    let disk = forecast.disk.iter().map(|(node, bytes)| {
-        let free = state.disk_of(*node).filter(|disk| disk.bytes > 0).map(|disk| disk.free);
-        DiskDoc { node_id: *node, bytes: *bytes, free }
-    });
-    let (get, put) = (forecast.gets, forecast.puts);
     RebalancePlanDoc {
         kind: KIND,
         from: None,
@@ -220,12 +206,6 @@ pub(crate) fn plan(state: &ClusterState, moves: &[Move], prices: &Prices) -> Reb
         moves: replicas,
         primaries,
         sources: sources.into_iter().filter_map(source).collect(),
-        bytes_moved: forecast.bytes_moved,
-        bytes_from_bucket: forecast.bytes_from_bucket,
-        requests: RequestsDoc { get, put },
-        disk_needed: disk.collect(),
-        seconds: (forecast.seconds * 1000.0).round() / 1000.0,
-        cost: AmountDoc::of(get, put, forecast.bytes_from_bucket, prices),
-        refused: None,
+        takes: TakesDoc::of(state, &forecast, None, prices),
     }
 }

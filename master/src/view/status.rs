@@ -11,7 +11,7 @@ use vasto_shipping::Usage;
 use super::cost::CostDoc;
 use super::keyspace::{KeyspaceSummary, not_serving, summary};
 use super::node::{NodeDoc, RequestsDoc, nodes, requests};
-use super::plan::{TroubleDoc, running};
+use super::plan::{TroubleDoc, moving, running};
 use crate::state::{ClusterState, Keyspace};
 
 /// A node with less free disk than this gets a warning.
@@ -152,7 +152,8 @@ fn warnings(state: &ClusterState, nodes: &[NodeDoc]) -> Vec<(Check, String)> {
     add(Check::Replicas, replicas.filter(|text| !text.ends_with(" is away")).collect());
     add(Check::Replicas, state.active().flat_map(of_draining).collect());
     add(Check::Replicas, state.active().flat_map(of_shards).collect());
-    add(Check::Operations, state.active().filter_map(of_plan).collect());
+    add(Check::Operations, state.active().flat_map(of_plans).collect());
+    add(Check::Operations, of_wholes(state));
     warnings
 }
 
@@ -222,12 +223,32 @@ fn lost_shards(state: &ClusterState) -> Option<String> {
     ))
 }
 
-/// Returns the warning about a running operation that does not go on.
-fn of_plan(keyspace: &Keyspace) -> Option<String> {
-    let doc = running(keyspace)?;
-    let TroubleDoc { since_ms, what, next } = doc.trouble.as_ref()?;
-    let (id, name, seconds) = (&doc.id, &keyspace.catalog.name, since_ms / 1000);
-    Some(format!("operation {id} on {name} has not gone on for {seconds} s: {what}; {next}"))
+/// Returns the warnings about running operations of a keyspace that do not go on.
+fn of_plans(keyspace: &Keyspace) -> Vec<String> {
+    let name = &keyspace.catalog.name;
+    let docs = running(keyspace).into_iter().chain(moving(keyspace));
+    let held_up = docs.filter_map(|doc| {
+        let trouble = doc.trouble.as_ref()?;
+        Some(not_gone_on(&format!("operation {} on {name}", doc.id), trouble))
+    });
+    held_up.collect()
+}
+
+/// Returns the warnings about drains and the rebalance that do not go on while no part of them runs.
+fn of_wholes(state: &ClusterState) -> Vec<String> {
+    let drains = state.stuck_drains().into_iter();
+    let drains = drains.map(|(id, trouble)| (id.to_owned(), TroubleDoc::from(trouble)));
+    let rebalance = state.settings.running_rebalance().and_then(|running| {
+        let trouble = state.rebalance_watch.trouble.as_ref()?;
+        Some((running.operation_id(), TroubleDoc::from(trouble)))
+    });
+    let held_up = drains.chain(rebalance);
+    held_up.map(|(id, trouble)| not_gone_on(&format!("operation {id}"), &trouble)).collect()
+}
+
+fn not_gone_on(who: &str, trouble: &TroubleDoc) -> String {
+    let TroubleDoc { since_ms, what, next } = trouble;
+    format!("{who} has not gone on for {} s: {what}; {next}", since_ms / 1000)
 }
 
 /// Returns the warnings about draining replicas of a keyspace.

@@ -4,7 +4,7 @@
 use serde_json::Value;
 use vasto_core::ErrorCode;
 use vasto_core::plan::Step;
-use vasto_proto::v1;
+use vasto_proto::v1::{self, pace_operation_request::Pace};
 
 use crate::harness::{TestMaster, code, eventually, json};
 use crate::node::Crew;
@@ -12,7 +12,25 @@ use crate::node::Crew;
 const JOINED: &str = "n-0000000000000003";
 
 async fn rebalance(master: &TestMaster, plan_only: bool) -> Result<Value, tonic::Status> {
-    json(master.client.clone().rebalance(v1::RebalanceRequest { plan_only }).await)
+    json(master.client.clone().rebalance(v1::RebalanceRequest { plan_only, max_rate: None }).await)
+}
+
+async fn pace(master: &TestMaster, id: &str, pace: Pace) -> Result<Value, tonic::Status> {
+    let request = v1::PaceOperationRequest { id: id.into(), pace: Some(pace) };
+    json(master.client.clone().pace_operation(request).await)
+}
+
+/// Waits until the running moves are in a state, each with this bound of its rate.
+async fn moves_are(master: &TestMaster, state: &str, max_rate: Value) -> Vec<String> {
+    eventually(&format!("moves that are {state} at {max_rate}"), async || {
+        let listed = json(master.client.clone().list_operations(v1::Empty {}).await).unwrap();
+        let all = listed.as_array()?.iter().filter(|one| one["kind"] == "move");
+        let moves: Vec<&Value> = all.filter(|one| one["step"].is_string()).collect();
+        let so = moves.iter().all(|one| one["state"] == state && one["max_rate"] == max_rate);
+        let ids = moves.iter().filter_map(|one| Some(one["id"].as_str()?.to_owned()));
+        (so && !moves.is_empty()).then(|| ids.collect())
+    })
+    .await
 }
 
 async fn cancel(master: &TestMaster, id: &str) -> Result<Value, tonic::Status> {
@@ -73,12 +91,36 @@ async fn a_rebalance_is_planned_begun_continued_and_cancelled() {
     let (refused, text) = code(master.resize("ks1", 9, false).await);
     assert_eq!(refused, ErrorCode::FailedPrecondition, "{text}");
 
+    // It is slowed down and paused as a whole.
+    let slow = pace(&master, &id, Pace::MaxRate(1 << 20)).await.unwrap();
+    assert_eq!((&slow["max_rate"], &slow["state"]), (&(1 << 20).into(), &"running".into()));
+    moves_are(&master, "running", (1 << 19).into()).await;
+    let paused = pace(&master, &id, Pace::Paused(true)).await.unwrap();
+    assert_eq!((&paused["state"], &paused["trouble"]), (&"paused".into(), &Value::Null));
+    let moves = moves_are(&master, "paused", (1 << 19).into()).await;
+    for refused in [Pace::Paused(false), Pace::MaxRate(0)] {
+        let (refused, text) = code(pace(&master, &moves[0], refused).await);
+        assert_eq!(refused, ErrorCode::FailedPrecondition, "{text}");
+        assert!(text.contains(&id), "{text}");
+    }
+    let (slow, text) = code(pace(&master, &id, Pace::MaxRate(1)).await);
+    assert_eq!(slow, ErrorCode::InvalidArgument, "{text}");
+
     // The next master goes on with it.
     master.stop().await;
     let master = TestMaster::start(url).await;
     crew.follow(&master.url);
     joined.follow(&master.url);
-    both(&master).await;
+    assert_eq!(both(&master).await["state"], "paused");
+    moves_are(&master, "paused", (1 << 19).into()).await;
+    assert_eq!(pace(&master, &id, Pace::MaxRate(0)).await.unwrap()["state"], "paused");
+    moves_are(&master, "paused", Value::Null).await;
+    assert_eq!(pace(&master, &id, Pace::Paused(false)).await.unwrap()["state"], "running");
+    let moves = moves_are(&master, "running", Value::Null).await;
+    // One of them alone.
+    let alone = pace(&master, &moves[0], Pace::Paused(true)).await.unwrap();
+    assert_eq!((&alone["state"], &alone["kind"]), (&"paused".into(), &"move".into()));
+    assert_eq!(both(&master).await["state"], "running");
     let cancelled = cancel(&master, &id).await.unwrap();
     assert_eq!((&cancelled["state"], &cancelled["moves_failed"]), (&"aborted".into(), &2.into()));
     assert!(master.describe("ks1").await.unwrap()["operation"].is_null());

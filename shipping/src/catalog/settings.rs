@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 use vasto_core::NodeId;
 use vasto_core::limits::CORDONED_MAX;
+use vasto_core::reconcile::WholePace;
 
 use super::error::CatalogError;
 use super::store::{CatalogStore, decode};
@@ -32,7 +33,7 @@ pub struct ClusterSettings {
 }
 
 /// A rebalance of the cluster: replicas move until the nodes are even.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rebalance {
     /// Start time, microseconds since 1970; forms its operation id.
     pub since_us: u64,
@@ -42,12 +43,24 @@ pub struct Rebalance {
     /// It was cancelled.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub cancelled: bool,
+    /// It stands still at an administrator's request: no further move begins, and those that run are
+    /// paused.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
+    /// Upper bound of the bulk bytes of all its moves together, bytes a second; `None` sets none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_rate: Option<u64>,
 }
 
 impl Rebalance {
     /// Returns its operation id.
     pub fn operation_id(&self) -> String {
         format!("rebalance-{}", self.since_us)
+    }
+
+    /// Returns its pace.
+    pub fn pace(&self) -> WholePace {
+        WholePace { paused: self.paused, max_rate: self.max_rate }
     }
 }
 
@@ -62,16 +75,44 @@ impl ClusterSettings {
         self.rebalance.filter(|rebalance| rebalance.ended_us.is_none())
     }
 
-    /// Returns the next version, in which a rebalance has begun; `None` while one runs.
+    /// Returns the next version, in which a rebalance has begun, with no bound of its rate; `None`
+    /// while one runs.
     pub fn with_rebalance(&self, now_us: u64, nonce: u64) -> Option<Self> {
+        self.with_rebalance_at(None, now_us, nonce)
+    }
+
+    /// Returns the next version, in which a rebalance has begun whose moves read and write at most
+    /// so many bytes a second together; `None` while one runs.
+    pub fn with_rebalance_at(
+        &self,
+        max_rate: Option<u64>,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Self> {
         if self.running_rebalance().is_some() {
             return None;
         }
         // Two of them never have the same id.
         let last = self.rebalance.map_or(0, |rebalance| rebalance.since_us);
         let since_us = now_us.max(last + 1);
-        let rebalance = Some(Rebalance { since_us, ended_us: None, cancelled: false });
+        let rebalance = Some(Rebalance { since_us, max_rate, ..Rebalance::default() });
         Some(Self { rebalance, ..self.next(now_us, nonce) })
+    }
+
+    /// Returns the next version, in which a rebalance has another pace; `None` when it does not run,
+    /// or has that pace.
+    pub fn with_pace(
+        &self,
+        since_us: u64,
+        pace: WholePace,
+        now_us: u64,
+        nonce: u64,
+    ) -> Option<Self> {
+        let running = self.running_rebalance().filter(|running| running.since_us == since_us)?;
+        let WholePace { paused, max_rate } = pace;
+        let changes = running.pace() != pace;
+        let rebalance = Some(Rebalance { paused, max_rate, ..running });
+        changes.then(|| Self { rebalance, ..self.next(now_us, nonce) })
     }
 
     /// Returns the next version, in which a rebalance has ended; `None` when it does not run.
@@ -205,6 +246,26 @@ mod tests {
         assert_eq!(ended.with_rebalance(50, 4).unwrap().rebalance.unwrap().since_us, 101);
         let text = serde_json::to_string(&nothing).unwrap();
         assert!(!text.contains("rebalance"), "{text}");
+    }
+
+    #[test]
+    fn a_rebalance_that_runs_has_a_pace_and_an_older_one_is_read() {
+        let begun = ClusterSettings::default().with_rebalance_at(Some(9_000), 100, 1).unwrap();
+        let now = begun.running_rebalance().unwrap().pace();
+        assert_eq!(now, WholePace { paused: false, max_rate: Some(9_000) });
+        let paused = WholePace { paused: true, ..now };
+        assert_eq!(begun.with_pace(99, paused, 101, 2), None, "another one");
+        let stands = begun.with_pace(100, paused, 101, 2).unwrap();
+        assert_eq!((stands.version, stands.running_rebalance().unwrap().pace()), (2, paused));
+        assert_eq!(stands.with_pace(100, paused, 102, 3), None, "it is so");
+        let ended = stands.without_rebalance(100, true, 103, 3).unwrap();
+        assert_eq!(ended.with_pace(100, now, 104, 4), None);
+        let text = serde_json::to_string(&stands).unwrap();
+        assert_eq!(serde_json::from_str::<ClusterSettings>(&text).unwrap(), stands);
+        let free = ClusterSettings::default().with_rebalance(100, 1).unwrap();
+        let text = serde_json::to_string(&free).unwrap();
+        assert!(text.ends_with(r#""rebalance":{"since_us":100}}"#), "{text}");
+        assert_eq!(serde_json::from_str::<ClusterSettings>(&text).unwrap(), free);
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod matrix;
 mod members;
 mod original;
 mod outage;
+mod paced;
 mod partition;
 mod paused;
 mod programs;

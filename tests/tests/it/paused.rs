@@ -24,7 +24,7 @@ const REACHES_NODES: Duration = Duration::from_secs(1);
 const TOLD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Writes values that no compression makes smaller.
-async fn load(cluster: &Cluster, name: &str, count: u64) -> Result<()> {
+pub(super) async fn load(cluster: &Cluster, name: &str, count: u64) -> Result<()> {
     let value = |n: u64| {
         let mut numbers = Numbers::new(n);
         (0..VALUE / 8).flat_map(|_| numbers.draw().to_le_bytes()).collect::<Bytes>()
@@ -32,7 +32,7 @@ async fn load(cluster: &Cluster, name: &str, count: u64) -> Result<()> {
     put_each(&cluster.keyspace(name).await?, "bulk", count, value).await
 }
 
-async fn show(cluster: &Cluster, id: &str) -> Result<Value> {
+pub(super) async fn show(cluster: &Cluster, id: &str) -> Result<Value> {
     cluster.json(&["operation", "show", id]).await
 }
 

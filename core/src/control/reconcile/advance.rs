@@ -13,6 +13,7 @@
 use super::commit::advance_committed;
 use super::copy::{advance_copy, advance_restore};
 use super::outcome::abort;
+use super::pace::drain_of_plan;
 use super::progress::{Advance, Running, others_of_sources, source_progress, target_progress};
 use super::quarantine::advance_quarantines;
 use super::resize::{advance_prepare, advance_sealing, advance_tail, placement_change, undo_seal};
@@ -95,7 +96,10 @@ pub(super) fn advance_plan(
 
 /// Returns what a paused plan waits for.
 fn resume_of(running: Running<'_>) -> String {
-    let id = operation_id(running.catalog.keyspace, running.plan.id);
+    let Running { catalog, plan, .. } = running;
+    let drain = drain_of_plan(catalog, plan).filter(|drain| drain.paused);
+    let id =
+        drain.map_or_else(|| operation_id(catalog.keyspace, plan.id), |drain| drain.operation_id());
     format!("`vasto operation resume {id}`: it is paused")
 }
 

@@ -8,11 +8,14 @@
 //! membership change happens while another plan runs, none but its own in a shard of which a replica
 //! moves.
 //!
+//! A shard that has more replicas than it is to have loses one (`trim`).
+//!
 //! For a change that cannot go on, [`waits_for`](super::waits_for) returns the cause and the
 //! remedy.
 
 use super::drain::drain_nodes;
 use super::repair::start_copy;
+use super::trim::trim;
 use super::view::{Around, View};
 use crate::catalog::{Catalog, DrainingReplica, GivenUp, KeyspaceState, Placed};
 use crate::control::report::Reports;
@@ -81,6 +84,9 @@ pub fn advance_members(
             }
         }
     }
+    if let Some(next) = trim(&view, now_us, nonce) {
+        return Some(next);
+    }
     // Moves that have not placed their replica give way; the others end soon.
     if !catalog.moves.is_empty() {
         return None;
@@ -107,7 +113,7 @@ fn with_copy(view: &View<'_>, member: &Placed, next: Catalog, now_us: u64, nonce
 }
 
 /// Returns true when time alone may bring a keyspace further that has not all its replicas: a shard
-/// has too few, a node is draining, a replica moves, or one drains on a node that is here. What drains
+/// has too few or too many, a node is draining, a replica moves, or one drains on a node that is here. What drains
 /// on a node that is away waits for its return, which is reported.
 pub fn is_incomplete(catalog: &Catalog, is_here: impl Fn(NodeId) -> bool) -> bool {
     catalog.state == KeyspaceState::Active
@@ -117,5 +123,5 @@ pub fn is_incomplete(catalog: &Catalog, is_here: impl Fn(NodeId) -> bool) -> boo
             || catalog
                 .placement
                 .iter()
-                .any(|shard| shard.replicas.len() < catalog.spec.replicas as usize))
+                .any(|shard| shard.replicas.len() != catalog.spec.replicas as usize))
 }

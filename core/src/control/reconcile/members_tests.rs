@@ -7,7 +7,7 @@ use super::failover::{Presence, successor, transfer_leadership};
 use super::members::{advance_members, is_incomplete};
 use super::placement::remove_from_placement;
 use super::repair::{COPY_AGAIN_US, copy_not_before, may_copy, nodes_to_avoid};
-use super::view::Around;
+use super::view::{Around, Site};
 use super::waits::waits_for;
 use crate::catalog::{Catalog, KeyspaceSpec, NodeDrain, Placed, Quarantine, REMOVED_KEPT};
 use crate::control::operation::{OperationKind, OperationOutcome, OperationReport};
@@ -17,6 +17,7 @@ use crate::ids::{CatalogVersion, Epoch, KeyspaceId, Lsn, NodeId, PlanId, Replica
 
 const NOW: u64 = 1_000_000_000;
 const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
+const ANYWHERE: fn(NodeId) -> Site = |_| Site::default();
 const NOWHERE: fn(&Catalog, ShardId) -> Option<NodeId> = |_, _| None;
 
 fn next(
@@ -30,6 +31,7 @@ fn next(
         long_gone: &|node| presence(node) == Presence::Gone,
         lost: &|_| false,
         room: &room,
+        site: &ANYWHERE,
     };
     advance_members(catalog, reports, &around, NOW, 3)
 }
@@ -331,6 +333,7 @@ fn a_node_that_is_lost_for_long_is_replaced_when_there_is_room() {
             long_gone: &|node| dead(node) == Presence::Gone,
             lost: &|node| node == NodeId(3),
             room,
+            site: &ANYWHERE,
         };
         let next = advance_members(&catalog(), &calm, &around, NOW, 3);
         assert_eq!(next.as_ref().map(ids), placed);
@@ -458,6 +461,7 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
         long_gone: &|node| dead(node) == Presence::Gone,
         lost: &|_| false,
         room: &to_three,
+        site: &ANYWHERE,
     };
     let waits = waits_for(&first, &Reports::new(), &around, NOW).unwrap();
     let way_out = format!("start {0} or give it up with `vasto node replace {0}`", NodeId(2));
@@ -495,6 +499,7 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
         long_gone: &|node| dead(node) == Presence::Gone,
         lost: &|_| false,
         room: &NOWHERE,
+        site: &ANYWHERE,
     };
     let waits = waits_for(&both, &Reports::new(), &around, NOW).unwrap();
     assert!(waits.contains("vasto serve node"), "{waits}");
@@ -502,8 +507,13 @@ fn a_shard_that_lost_all_its_replicas_is_taken_over_once_all_of_them_are_given_u
 
 #[test]
 fn what_cannot_go_on_says_what_it_waits_for_and_the_way_out() {
-    let around =
-        |presence| Around { presence, long_gone: &|_| false, lost: &|_| false, room: &NOWHERE };
+    let around = |presence| Around {
+        presence,
+        long_gone: &|_| false,
+        lost: &|_| false,
+        room: &NOWHERE,
+        site: &ANYWHERE,
+    };
     let waits = |catalog: &Catalog, reports: &Reports, presence| {
         waits_for(catalog, reports, &around(presence), NOW).unwrap_or_default()
     };
@@ -538,8 +548,13 @@ fn a_copy_that_failed_is_made_elsewhere_and_other_shards_have_their_turn() {
         let room = move |_: &Catalog, _: ShardId| {
             Some(if avoided.contains(&NodeId(2)) { NodeId(3) } else { NodeId(2) })
         };
-        let around =
-            Around { presence: &HERE, long_gone: &|_| false, lost: &|_| false, room: &room };
+        let around = Around {
+            presence: &HERE,
+            long_gone: &|_| false,
+            lost: &|_| false,
+            room: &room,
+            site: &ANYWHERE,
+        };
         advance_members(catalog, &calm, &around, now_us, 3)
     };
     let failing = |started: &Catalog, now_us: u64| {
@@ -665,6 +680,7 @@ fn what_a_replaced_node_alone_holds_is_given_up_once_the_bucket_was_read() {
         long_gone: &|node| dead(node) == Presence::Gone,
         lost: &|_| false,
         room: &NOWHERE,
+        site: &ANYWHERE,
     };
     let waits = waits_for(&whole, &reports(|_, _| {}), &around, NOW).unwrap();
     assert!(waits.contains("taken over from the bucket"), "{waits}");

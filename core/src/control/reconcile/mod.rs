@@ -18,6 +18,8 @@ mod moves;
 mod moves_tests;
 mod outcome;
 mod pace;
+#[cfg(test)]
+mod pace_tests;
 mod placement;
 #[cfg(test)]
 mod plan_tests;
@@ -32,6 +34,9 @@ mod seal;
 mod shrink;
 #[cfg(test)]
 mod shrink_tests;
+mod trim;
+#[cfg(test)]
+mod trim_tests;
 mod undecided;
 mod view;
 mod waits;
@@ -50,7 +55,10 @@ pub use moves::{
     in_the_way_of_moves, move_not_before, prefer, start_moves,
 };
 pub use outcome::{abort, report_of};
-pub use pace::{Pace, check_rate, set_pace};
+pub use pace::{
+    Pace, Whole, WholePace, check_part, check_rate, drain_of_plan, follow_wholes, pace_drain,
+    pace_moves, parts_of_wholes, set_pace,
+};
 pub use progress::Advance;
 pub use quarantine::{end_quarantines, in_the_way};
 pub use refusal::{PaceError, PlanError};
@@ -58,5 +66,5 @@ pub use repair::{AVOID_NODE_US, COPY_AGAIN_MAX_US, COPY_AGAIN_US, nodes_to_avoid
 pub use resize::{start_resize, undo_seal};
 pub use seal::sealing_write_max;
 pub use undecided::{Look, Undecided, is_decided, look, undo_undecided};
-pub use view::Around;
+pub use view::{Around, Site};
 pub use waits::waits_for;

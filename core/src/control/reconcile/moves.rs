@@ -314,7 +314,8 @@ fn silent_source(running: &Running<'_>, here_us: &dyn Fn(NodeId) -> u64) -> Opti
             && source_progress(plan, source.replica, reports).is_none()
             && silent_us > TARGET_SILENT_MAX.as_micros() as u64
     };
-    let mut sources = plan.sources.iter().filter(|_| plan.step == Step::Prepare);
+    // No time-out of a paused plan runs out.
+    let mut sources = plan.sources.iter().filter(|_| plan.step == Step::Prepare && !plan.paused);
     sources.find(is_silent).map(|source| source.node)
 }
 

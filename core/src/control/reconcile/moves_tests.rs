@@ -10,7 +10,7 @@ use super::moves::{
 use super::progress::Advance;
 use super::repair::nodes_to_avoid;
 use super::resize::start_resize;
-use super::view::Around;
+use super::view::{Around, Site};
 use super::{EvictError, PlanError, QUIET_US, evict, evict_on_request};
 use crate::catalog::{Catalog, KeyspaceSpec, KeyspaceState, NodeDrain, Placed, Quarantine};
 use crate::control::operation::{OperationKind, OperationOutcome};
@@ -26,6 +26,7 @@ const NOW: u64 = 1_000_000_000;
 const SINCE: u64 = 77;
 const HERE: fn(NodeId) -> Presence = |_| Presence::Here(u64::MAX);
 const LIVE: fn(NodeId) -> u64 = |_| 0;
+const ANYWHERE: fn(NodeId) -> Site = |_| Site::default();
 
 /// Three shards on nodes 1, 2 and 3; with two replicas each on the next node too.
 fn catalog(replicas: u32) -> Catalog {
@@ -89,6 +90,7 @@ fn advance_around(
         long_gone: &|_| false,
         lost: &lost,
         room: &|_, _| Some(NodeId(9)),
+        site: &ANYWHERE,
     };
     advance_moves(catalog, reports, &around, away_us, |_| u64::MAX, NOW + 1, 3)
 }
@@ -106,6 +108,7 @@ fn members(catalog: &Catalog) -> Option<Catalog> {
         long_gone: &|_| false,
         lost: &|_| false,
         room: &|_, _| Some(NodeId(9)),
+        site: &ANYWHERE,
     };
     advance_members(catalog, &perfect(catalog), &around, NOW, 3)
 }
@@ -124,8 +127,13 @@ fn settle(mut catalog: Catalog) -> Catalog {
             reports.get_mut(&draining.replica).unwrap().replication.drained = true;
         }
         let at = NOW + n * QUIET_US;
-        let around =
-            Around { presence: &HERE, long_gone: &|_| false, lost: &|_| false, room: &|_, _| None };
+        let around = Around {
+            presence: &HERE,
+            long_gone: &|_| false,
+            lost: &|_| false,
+            room: &|_, _| None,
+            site: &ANYWHERE,
+        };
         let next = advance_primaries(&catalog, &reports, HERE, at, 5).map(|(next, _)| next);
         let next = next.or_else(|| advance_members(&catalog, &reports, &around, at, 5));
         let next = next.or_else(|| match advance(&catalog, &reports, LIVE) {
@@ -393,8 +401,13 @@ fn a_shard_that_loses_another_replica_keeps_the_one_that_was_to_move() {
         assert_eq!(ended.placement[0].replicas.len(), 3);
         // Two are left, although there is room for no further one.
         reports.values_mut().for_each(|report| report.version = ended.version);
-        let around =
-            Around { presence: &HERE, long_gone: &|_| false, lost: &lost, room: &|_, _| None };
+        let around = Around {
+            presence: &HERE,
+            long_gone: &|_| false,
+            lost: &lost,
+            room: &|_, _| None,
+            site: &ANYWHERE,
+        };
         let left = advance_members(&ended, &reports, &around, NOW, 3).unwrap();
         assert!(!left.is_placed(ReplicaId(2)) && left.is_placed(ReplicaId(1)));
         assert_eq!(left.placement[0].replicas.len(), 2);
@@ -453,6 +466,7 @@ fn a_source_that_passes_the_move_over_is_not_waited_for_without_limit() {
         long_gone: &|_| false,
         lost: &|_| false,
         room: &|_, _| Some(NodeId(9)),
+        site: &ANYWHERE,
     };
     let at = |reports: &Reports, here_us: u64, silent_us: u64| {
         let started_at_us = begun.moves[0].plan.started_at_us;

@@ -63,6 +63,16 @@ pub enum PaceError {
     /// The plan has committed.
     #[error("operation {0} has changed ownership already; it ends by itself")]
     Committed(String),
+    /// The plan is a part of an operation that is paused.
+    #[error(
+        "operation {0} is a part of {1}, which is paused; let that go on (`vasto operation resume {1}`)"
+    )]
+    PartOfPaused(String, String),
+    /// The plan is a part of an operation whose rate is bounded.
+    #[error(
+        "operation {0} is a part of {1}, whose rate is bounded for all its parts together; change that (`vasto operation rate {1}`)"
+    )]
+    PartOfBounded(String, String),
     /// Nothing would end at this rate, bytes a second.
     #[error(
         "a rate of {0} bytes a second is too low; use at least {BULK_RATE_MIN}, or stop the operation for a while with `vasto operation pause`"

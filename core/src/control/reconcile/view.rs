@@ -21,6 +21,19 @@ pub struct Around<'a> {
     pub lost: &'a dyn Fn(NodeId) -> bool,
     /// Live node that could take one more replica of a shard.
     pub room: &'a dyn Fn(&Catalog, ShardId) -> Option<NodeId>,
+    /// What a node is like, for the choice of the replica that a shard does without.
+    pub site: &'a dyn Fn(NodeId) -> Site,
+}
+
+/// A node as a place for a replica.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Site {
+    /// It is to get no more replicas.
+    pub cordoned: bool,
+    /// Its zone; empty when it names none.
+    pub zone: String,
+    /// The used part of its disk, thousandths; 0 while that is not known.
+    pub used: u64,
 }
 
 impl Around<'_> {
@@ -104,8 +117,9 @@ impl View<'_> {
             .flatten()
     }
 
+    /// Returns the drain of a node that goes on: one that is paused changes nothing.
     pub(super) fn drain_of(&self, node: NodeId) -> Option<&NodeDrain> {
-        self.catalog.draining_nodes.iter().find(|drain| drain.node == node)
+        self.catalog.draining_nodes.iter().find(|drain| drain.node == node && !drain.paused)
     }
 
     pub(super) fn leaves(&self, member: &Placed) -> bool {
