@@ -35,6 +35,7 @@ use super::reader::BucketReader;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::ship::ShipHandle;
+use crate::target_trace::TargetTrace;
 
 /// The inputs of a build.
 pub(crate) struct Build {
@@ -52,6 +53,8 @@ pub(crate) struct Build {
     pub progress: Arc<Mutex<TargetProgress>>,
     /// Fires when the plan is over.
     pub cancel: CancellationToken,
+    /// The spans of the target.
+    pub trace: TargetTrace,
 }
 
 /// What one target takes in a resize.
@@ -84,6 +87,7 @@ impl Build {
             progress: &self.progress,
             registry: &self.registry,
             cancel: &self.cancel,
+            trace: &self.trace,
         }
     }
 
@@ -112,7 +116,10 @@ impl Build {
         let ships = self.ship.ships();
         if ships {
             self.unless_paused().await?;
-            self.ship.checkpoint(None).await?;
+            let span = self.trace.begin("target checkpoint");
+            let checkpoint = self.ship.checkpoint(None).await;
+            span.end(&checkpoint);
+            checkpoint?;
         }
         {
             let mut progress = self.progress.lock();
