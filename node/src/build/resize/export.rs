@@ -225,11 +225,7 @@ impl Export {
     }
 
     /// Writes the manifest of an export whose tables are in the bucket; returns its key.
-    async fn publish(
-        &self,
-        manifest: ExportManifest,
-        attempt: &str,
-    ) -> Result<String, BuildError> {
+    async fn publish(&self, manifest: ExportManifest, attempt: &str) -> Result<String, BuildError> {
         let key =
             layout::export_manifest(manifest.keyspace, manifest.plan, manifest.shard, attempt);
         let body = manifest.encode();
