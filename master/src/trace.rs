@@ -100,7 +100,7 @@ impl Steps {
 
 /// Returns the plans that a version begins, changes or ends, by their operations.
 pub(crate) fn concerned(before: Option<&Catalog>, next: &Catalog) -> Vec<String> {
-    let find = |catalog: &'_ Catalog, id| catalog.plans().find(|plan| plan.id == id).cloned();
+    let find = |catalog: &Catalog, id: PlanId| catalog.plans().find(|plan| plan.id == id).cloned();
     let earlier = before.into_iter().flat_map(Catalog::plans);
     let mut ids: Vec<PlanId> = earlier.chain(next.plans()).map(|plan| plan.id).collect();
     ids.sort_unstable();

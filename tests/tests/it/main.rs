@@ -36,5 +36,6 @@ mod shortage;
 mod shrink_faults;
 mod shrinks;
 mod storm;
+mod traces;
 mod undone;
 mod visibility;
