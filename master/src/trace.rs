@@ -282,7 +282,7 @@ fn past_of(report: &OperationReport) -> Past {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use vasto_core::catalog::{KeyspaceSpec, ReplicaMove};
+    use vasto_core::catalog::{KeyspaceSpec, Moved, Rebalanced, ReplicaMove};
     use vasto_core::ids::{KeyspaceId, NodeId, ReplicaId};
     use vasto_core::reconcile::{Pace, abort, cancel_drain, drain_node, set_pace, start_resize};
     use vasto_core::report::Reports;
@@ -383,6 +383,28 @@ mod tests {
                 if id == "op-1-1" && *wholes == ["rebalance-7"]),
             "{ended:?}"
         );
+    }
+
+    #[test]
+    fn a_rebalance_ends_with_what_has_moved_for_it() {
+        let mut state = ClusterState::default();
+        for (keyspace, since_us) in [(1, 7), (2, 7), (3, 6)] {
+            let moved = Moved { copies: 2, bytes: 10, ..Moved::default() };
+            let rebalanced = Rebalanced { since_us, moved, failed: 1, primaries: 0 };
+            let catalog = Catalog { rebalanced: Some(rebalanced), ..first(keyspace) };
+            state.install(catalog, Delivery::Push);
+        }
+        let running = Rebalance { since_us: 7, ended_us: None, cancelled: false };
+        let ended = rebalance_ended(&state, running, true, 90);
+        let want = span("operation rebalance", 7, 90, Some(crate::state::CANCELLED));
+        assert_eq!(told(std::slice::from_ref(&ended)), [want]);
+        let Ended::Whole(id, past, _) = ended else { panic!("it is no part of anything") };
+        assert_eq!(id, "rebalance-7");
+        for attribute in
+            [count("vasto.copies", 4), count("vasto.bytes_moved", 20), count("vasto.failed", 2)]
+        {
+            assert!(past.attributes.contains(&attribute), "{attribute:?}: {past:?}");
+        }
     }
 
     #[test]

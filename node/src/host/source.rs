@@ -188,10 +188,14 @@ impl Hosted {
         let read = plan.leaving().filter(|_| !plan.exports());
         let trace = self.shared.trace(plan.id);
         let mut span = trace.begin("source checkpoint");
+        let before = self.ship.uploaded();
         let checkpoint = self.ship.checkpoint(read).await;
         if let Ok(manifest) = &checkpoint {
             span.count("vasto.lsn", manifest.lsn.0);
         }
+        let after = self.ship.uploaded();
+        span.count("vasto.bytes_to_bucket", after.0 - before.0);
+        span.count("vasto.objects", after.1 - before.1);
         span.end(&checkpoint);
         let manifest = checkpoint.map_err(|error| format!("the checkpoint failed: {error}"))?;
         self.passes(points::SOURCE_CHECKPOINT_MADE).await.map_err(|error| error.to_string())?;

@@ -132,6 +132,9 @@ impl Trace {
         for name in ["bucket get", "target catch up", "target tail"] {
             ensure!(self.shards_of(name).is_superset(&targets), "{name}: {self:?}");
         }
+        let mut checkpoints =
+            self.named("source checkpoint").chain(self.named("target checkpoint"));
+        ensure!(checkpoints.all(|span| span.has("vasto.bytes_to_bucket")), "{self:?}");
         let of_nodes = self.rest.iter().filter(|span| span.has("vasto.node"));
         let at: BTreeSet<String> =
             of_nodes.map(|span| span.text("vasto.node").to_owned()).collect();

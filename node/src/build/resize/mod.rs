@@ -116,8 +116,12 @@ impl Build {
         let ships = self.ship.ships();
         if ships {
             self.unless_paused().await?;
-            let span = self.trace.begin("target checkpoint");
+            let mut span = self.trace.begin("target checkpoint");
+            let before = self.ship.uploaded();
             let checkpoint = self.ship.checkpoint(None).await;
+            let after = self.ship.uploaded();
+            span.count("vasto.bytes_to_bucket", after.0 - before.0);
+            span.count("vasto.objects", after.1 - before.1);
             span.end(&checkpoint);
             checkpoint?;
         }
