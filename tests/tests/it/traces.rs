@@ -262,7 +262,7 @@ async fn a_cancelled_grow_ends_its_trace_and_a_new_master_goes_on_with_one() -> 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drains_copies_and_restores_have_traces() -> Result<()> {
     let collector = Collector::start().await?;
-    let cluster = traced(&collector, 3).start().await?;
+    let cluster = traced(&collector, 3).allow_warnings().start().await?;
     cluster.create("ks", 2, &["--replicas", "1"]).await?;
     put_each(&cluster.keyspace("ks").await?, "r", 5_000, records::value).await?;
     let first = cluster.catalog("ks").await?.tip()?.placement[0].replicas[0];
