@@ -40,6 +40,13 @@ pub(crate) enum Ended {
 }
 
 impl Ended {
+    /// Says what a step has waited for at last.
+    pub(crate) fn note_waiting(&mut self, what: &str) {
+        if let Ended::Step(_, past) = self {
+            past.attributes.push(KeyValue::new("vasto.waited_for", what.to_owned()));
+        }
+    }
+
     /// Exports the span.
     pub(crate) fn export(self, cluster: &str) {
         match self {

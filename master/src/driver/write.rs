@@ -62,6 +62,12 @@ impl KeyspaceDriver {
         state.keyspaces.get(&self.keyspace).map(|keyspace| keyspace.catalog.clone())
     }
 
+    /// Returns what the last version that this master knows has waited for.
+    fn waited_for(&self) -> Option<String> {
+        let state = self.cluster.state();
+        state.keyspaces.get(&self.keyspace)?.waiting_for.clone()
+    }
+
     async fn write_traced(&mut self, next: Catalog, traces: &[OperationTrace]) -> Written {
         let started = Instant::now();
         let version = next.version;
@@ -177,6 +183,10 @@ impl KeyspaceDriver {
         log_version(&next, delivery, took);
         let before = self.known();
         let ended = before.as_ref().map(|before| self.steps.follow(before, &next));
+        let mut ended = ended.unwrap_or_default();
+        if let Some(what) = self.waited_for() {
+            ended.iter_mut().for_each(|one| one.note_waiting(&what));
+        }
         let changes =
             before.map(|before| leadership_changes_between(&before, &next)).unwrap_or_default();
         if changes != LeadershipChanges::default() {
@@ -189,7 +199,7 @@ impl KeyspaceDriver {
             self.cluster.metrics.primaries_moved(changes);
         }
         install(&self.cluster, next, delivery);
-        self.trace(ended.unwrap_or_default());
+        self.trace(ended);
     }
 
     /// Exports what a version has ended, once it is installed: the drain of a node ends with its
