@@ -29,6 +29,7 @@ pub(crate) use self::entry::{adopt, adopt_all, install, look_up};
 use self::write::Written;
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::state::{CatalogChange, ChangeRequest, ClusterState};
+use crate::trace::Steps;
 
 /// The interval at which a running plan or a due quarantine is checked when nothing is reported.
 const TICK: Duration = Duration::from_millis(100);
@@ -56,6 +57,8 @@ struct KeyspaceDriver {
     wake: Arc<Notify>,
     requests: mpsc::Receiver<ChangeRequest>,
     refreshed: Option<Instant>,
+    /// Since when the running plans are in their steps, for their traces.
+    steps: Steps,
 }
 
 enum Event {
@@ -71,7 +74,7 @@ impl KeyspaceDriver {
         wake: Arc<Notify>,
         requests: mpsc::Receiver<ChangeRequest>,
     ) -> Self {
-        Self { cluster, keyspace, wake, requests, refreshed: None }
+        Self { cluster, keyspace, wake, requests, refreshed: None, steps: Steps::default() }
     }
 
     /// Runs until the master stops.

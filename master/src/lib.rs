@@ -12,11 +12,11 @@
 //! master knows and decides), `driver` (one task per keyspace, the only writer of its catalog),
 //! `session` (nodes), `service` and `api` (people), `view` (the JSON for scripts), `loads` and
 //! `placement` (which node gets which replica), `balancer` (moves until the nodes are even),
-//! `forecast` (what a change moves and needs).
+//! `forecast` (what a change moves and needs), `trace` (the spans of operations).
 //!
-//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `forecast`, `cluster`
-//! < `driver`, `upkeep`, `observer`, `view` < `api` < `balancer`, `service`, `session`, `gauges`
-//! < `server`.
+//! Modules import downwards only: `placement`, `loads`, `metrics` < `state` < `trace`, `forecast`,
+//! `cluster` < `driver`, `upkeep`, `observer`, `view` < `api` < `balancer`, `service`, `session`,
+//! `gauges` < `server`.
 
 mod api;
 mod balancer;
@@ -34,6 +34,7 @@ mod server;
 mod service;
 mod session;
 mod state;
+mod trace;
 mod upkeep;
 mod view;
 

@@ -26,6 +26,7 @@ mod session;
 mod ship;
 mod shortage;
 mod stall;
+mod target_trace;
 mod throttle;
 mod undecided;
 

@@ -177,6 +177,7 @@ impl Node {
         }
         let clock: SharedClock = Arc::new(SystemClock { shift_ms: config.clock_shift_ms });
         let registry = Arc::new(NodeRegistry::new(node_id, clock.clone(), config.read_threads));
+        registry.set_cluster(&joined.cluster_id);
         registry.bulk.set_budget(config.bulk_rate);
         registry.bulk.observe(&labels);
         let leases_end = CancellationToken::new();

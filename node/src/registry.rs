@@ -5,18 +5,19 @@
 //! `WrongEpoch` reply carries the topology whenever that of the caller is older.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, Semaphore, watch};
 use vasto_core::catalog::Catalog;
-use vasto_core::ids::{Epoch, KeyspaceId, NodeId, ReplicaId, ShardId};
+use vasto_core::ids::{Epoch, KeyspaceId, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::MASTER_WORD;
 use vasto_core::plan::{Plan, Step};
 use vasto_core::topology::{NodeAddress, Topology};
+use vasto_trace::OperationTrace;
 
 use crate::bulk::BulkGate;
 use crate::clock::{SharedClock, now_ms};
@@ -30,6 +31,8 @@ type Routes = HashMap<(KeyspaceId, ShardId), Replica>;
 pub(crate) struct NodeRegistry {
     /// This node.
     pub node_id: NodeId,
+    /// The cluster, once it is known: traces of operations are derived from it.
+    cluster: OnceLock<String>,
     /// Clock for event and commit times and expiry.
     pub clock: SharedClock,
     /// Limit of concurrent blocking reads.
@@ -73,6 +76,7 @@ impl NodeRegistry {
     pub(crate) fn new(node_id: NodeId, clock: SharedClock, read_threads: usize) -> Self {
         Self {
             node_id,
+            cluster: OnceLock::new(),
             clock,
             readers: Arc::new(Semaphore::new(read_threads.max(1))),
             bulk: Arc::default(),
@@ -94,6 +98,18 @@ impl NodeRegistry {
             update: Mutex::new(()),
             changed: watch::channel(0).0,
         }
+    }
+
+    /// Records the cluster that this node belongs to, which never changes.
+    pub(crate) fn set_cluster(&self, cluster_id: &str) {
+        let _ = self.cluster.set(cluster_id.to_owned());
+    }
+
+    /// Returns the trace of a plan, for the spans of this node.
+    pub(crate) fn trace(&self, keyspace: KeyspaceId, plan: PlanId) -> OperationTrace {
+        let cluster = self.cluster.get().map_or("", String::as_str);
+        let trace = OperationTrace::of_plan(cluster, keyspace, plan);
+        trace.with("vasto.node", self.node_id.to_string())
     }
 
     /// Returns the replica that serves a shard on this node.

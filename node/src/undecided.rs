@@ -20,9 +20,11 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, KeyspaceId};
 use vasto_core::limits::SEAL_LOOK_AGAIN;
+use vasto_core::plan::Plan;
 use vasto_core::reconcile::{Look, Undecided, is_decided, look, undo_undecided};
 use vasto_shipping::bucket::Bucket;
 use vasto_shipping::{CatalogError, CatalogStore, CatalogWrite, RetryBudget};
+use vasto_trace::step_ended;
 
 use crate::clock::since_boot;
 use crate::manager::Manager;
@@ -184,12 +186,21 @@ impl Looks {
         let undone = undo_undecided(stored.catalog(), sealing, known, rand::random());
         let Some(undone) = undone else { return Ok(None) };
         match self.store.write_behind(&stored, &undone).await? {
-            CatalogWrite::Won => Ok(Some(Found { later: undone, undone: true })),
+            CatalogWrite::Won => {
+                self.trace(stored.catalog(), plan, &undone);
+                Ok(Some(Found { later: undone, undone: true }))
+            }
             CatalogWrite::Lost(other) => {
                 let later = self.store.later_than(&other).await?;
                 Ok(found(later.unwrap_or(*other)))
             }
         }
+    }
+
+    /// Exports the step that this node has ended: whoever writes a version does that.
+    fn trace(&self, sealed: &Catalog, plan: &Plan, undone: &Catalog) {
+        let step = step_ended(sealed, plan, sealed.written_at_us, undone.written_at_us);
+        self.registry.trace(sealed.keyspace, plan.id).add(step);
     }
 
     /// Applies what was found; warns while a sealed node finds nothing out. `sealed` is the time of

@@ -1,4 +1,5 @@
-//! Logs whether telemetry reaches its collector: a collector that is away costs one line a minute.
+//! The last station of telemetry before its collector: the spans of whole operations take their
+//! place in their traces, and what does not arrive is logged, at most one line a minute.
 //!
 //! **Invariant:** the results of the exporters reach the SDK unchanged.
 
@@ -7,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use opentelemetry::trace::{SpanContext, SpanId};
 use opentelemetry_sdk::{
     Resource,
     error::OTelSdkResult,
@@ -81,9 +83,30 @@ impl<E> CountedExporter<E> {
     }
 }
 
+/// Lets the span that stands for a whole operation take the place of its parent: the parent's id is
+/// derived from the operation, and the SDK gives every span one of its own.
+fn with_roots(mut batch: Vec<SpanData>) -> Vec<SpanData> {
+    for span in &mut batch {
+        let mark = span.attributes.iter().position(|one| one.key.as_str() == vasto_trace::IS_ROOT);
+        let Some(mark) = mark else { continue };
+        span.attributes.remove(mark);
+        let own = span.span_context.clone();
+        let id = std::mem::replace(&mut span.parent_span_id, SpanId::INVALID);
+        span.parent_span_is_remote = false;
+        span.span_context = SpanContext::new(
+            own.trace_id(),
+            id,
+            own.trace_flags(),
+            false,
+            own.trace_state().clone(),
+        );
+    }
+    batch
+}
+
 impl<E: SpanExporter> SpanExporter for CountedExporter<E> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        let result = self.inner.export(batch).await;
+        let result = self.inner.export(with_roots(batch)).await;
         self.tell(&result);
         result
     }
@@ -123,7 +146,53 @@ impl<E: PushMetricExporter> PushMetricExporter for CountedExporter<E> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::sync::Arc;
+
+    use opentelemetry::{
+        Context, KeyValue,
+        trace::{
+            Span as _, SpanBuilder, TraceContextExt as _, TraceFlags, TraceId, TraceState,
+            Tracer as _, TracerProvider as _,
+        },
+    };
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+
     use super::*;
+
+    #[derive(Debug, Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<SpanData>>>);
+
+    impl SpanExporter for Kept {
+        async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
+            self.0.lock().unwrap().extend(batch);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_span_of_a_whole_operation_becomes_the_parent_of_the_others() {
+        let kept = Kept::default();
+        let exporter = CountedExporter::new(kept.clone(), "traces", "http://nowhere");
+        let provider = SdkTracerProvider::builder().with_simple_exporter(exporter).build();
+        let (trace, root) = (TraceId::from(7u128), SpanId::from(9u64));
+        let parent =
+            SpanContext::new(trace, root, TraceFlags::SAMPLED, true, TraceState::default());
+        let parent = Context::new().with_remote_span_context(parent);
+        for name in ["step", "whole"] {
+            let marks = (name == "whole").then(|| KeyValue::new(vasto_trace::IS_ROOT, true));
+            let attributes = marks.into_iter().chain([KeyValue::new("other", 1i64)]);
+            let span = SpanBuilder::from_name(name).with_attributes(attributes);
+            provider.tracer("test").build_with_context(span, &parent).end();
+        }
+        let spans = kept.0.lock().unwrap().clone();
+        let [step, whole] = &spans[..] else { panic!("{spans:?}") };
+        assert_eq!((step.parent_span_id, step.span_context.trace_id()), (root, trace));
+        assert_eq!((whole.span_context.span_id(), whole.span_context.trace_id()), (root, trace));
+        assert_eq!(whole.parent_span_id, SpanId::INVALID);
+        assert_eq!(whole.attributes, [KeyValue::new("other", 1i64)]);
+        assert_ne!(step.span_context.span_id(), root);
+    }
 
     #[test]
     fn a_collector_that_is_away_is_told_once_a_minute_and_so_is_its_return() {

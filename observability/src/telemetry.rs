@@ -42,6 +42,9 @@ const LOG_DEADLINE: Duration = Duration::from_millis(500);
 /// The target of [`server_span`].
 const SERVER_TARGET: &str = "server";
 
+/// The targets of spans that name something in log lines, whatever the log filter.
+const NAMES: [&str; 2] = [SERVER_TARGET, vasto_trace::LOG_TARGET];
+
 /// Creates a span that names one of several servers of a process in every line that is logged
 /// inside it, whatever the log filter. The span is not part of traces.
 pub fn server_span(name: &str) -> tracing::Span {
@@ -158,6 +161,7 @@ impl Telemetry {
         if let Some(tracers) = &tracers {
             global::set_text_map_propagator(TraceContextPropagator::new());
             global::set_tracer_provider(tracers.clone());
+            vasto_trace::enable();
         }
         // The exporter's own connection would trace itself endlessly, so only Vasto's spans are
         // exported.
@@ -167,9 +171,9 @@ impl Telemetry {
                 .with_filter(filter::filter_fn(|metadata| metadata.target().starts_with("vasto")))
         });
         let log = LogWriter::stderr();
-        let server_names = filter::filter_fn(|metadata| metadata.target() == SERVER_TARGET);
+        let names = filter::filter_fn(|metadata| NAMES.contains(&metadata.target()));
         tracing_subscriber::registry()
-            .with(stderr_layer(config.format, log.clone()).with_filter(filter.or(server_names)))
+            .with(stderr_layer(config.format, log.clone()).with_filter(filter.or(names)))
             .with(spans)
             .try_init()
             .map_err(|_| TelemetryError::AlreadyInitialised)?;

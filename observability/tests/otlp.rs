@@ -1,80 +1,23 @@
-//! Metrics and traces reach a real OTLP collector over gRPC before `shutdown` returns.
+//! Metrics and traces reach a real OTLP collector over gRPC before `shutdown` returns, whatever the
+//! log filter.
 #![allow(clippy::unwrap_used)]
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, time::Duration};
 
 use opentelemetry::global;
-use opentelemetry_proto::tonic::collector::{
-    metrics::v1::{
-        ExportMetricsServiceRequest, ExportMetricsServiceResponse,
-        metrics_service_server::{MetricsService, MetricsServiceServer},
-    },
-    trace::v1::{
-        ExportTraceServiceRequest, ExportTraceServiceResponse,
-        trace_service_server::{TraceService, TraceServiceServer},
-    },
-};
-use tokio::{net::TcpListener, time::timeout};
-use tonic::{Request, Response, Status, transport::server::TcpIncoming};
+use tokio::time::timeout;
 use vasto_observability::{Telemetry, TelemetryConfig};
-
-/// Records the names that arrived.
-#[derive(Clone, Default)]
-struct Collector {
-    names: Arc<std::sync::Mutex<BTreeSet<String>>>,
-}
-
-impl Collector {
-    fn saw(&self, name: String) {
-        self.names.lock().unwrap().insert(name);
-    }
-}
-
-#[tonic::async_trait]
-impl MetricsService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportMetricsServiceRequest>,
-    ) -> Result<Response<ExportMetricsServiceResponse>, Status> {
-        for resource in request.into_inner().resource_metrics {
-            for metric in resource.scope_metrics.into_iter().flat_map(|scope| scope.metrics) {
-                self.saw(metric.name);
-            }
-        }
-        Ok(Response::new(ExportMetricsServiceResponse::default()))
-    }
-}
-
-#[tonic::async_trait]
-impl TraceService for Collector {
-    async fn export(
-        &self,
-        request: Request<ExportTraceServiceRequest>,
-    ) -> Result<Response<ExportTraceServiceResponse>, Status> {
-        for resource in request.into_inner().resource_spans {
-            for span in resource.scope_spans.into_iter().flat_map(|scope| scope.spans) {
-                self.saw(span.name);
-            }
-        }
-        Ok(Response::new(ExportTraceServiceResponse::default()))
-    }
-}
+use vasto_testkit::otlp::Collector;
+use vasto_trace::{OperationTrace, Past};
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_counter_and_a_span_arrive_at_the_collector() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let addr = listener.local_addr().unwrap();
-    let collector = Collector::default();
-    let serving = tokio::spawn(
-        tonic::transport::Server::builder()
-            .add_service(MetricsServiceServer::new(collector.clone()))
-            .add_service(TraceServiceServer::new(collector.clone()))
-            .serve_with_incoming(TcpIncoming::from(listener)),
-    );
-
+async fn a_counter_and_spans_arrive_at_the_collector() {
+    let collector = Collector::start().await.unwrap();
     let telemetry = Telemetry::init(TelemetryConfig {
         role: "node".to_owned(),
-        otlp_endpoint: Some(format!("http://{addr}")),
+        instance: Some("n-7".to_owned()),
+        filter: Some("off".to_owned()),
+        otlp_endpoint: Some(collector.endpoint().to_owned()),
         ..TelemetryConfig::default()
     })
     .unwrap();
@@ -82,12 +25,30 @@ async fn a_counter_and_a_span_arrive_at_the_collector() {
     tracing::info_span!(target: "vasto_node::writer", "group_commit").in_scope(|| {});
     tracing::info_span!(target: "somebody_else", "their_span").in_scope(|| {});
     vasto_observability::server_span("node-1").in_scope(|| {});
+    let trace = OperationTrace::new("c-1", "op-1-1");
+    trace.log_span().in_scope(|| trace.begin("bucket get").done());
+    let past = Past {
+        name: "operation grow".into(),
+        from_us: 1_000_000,
+        to_us: 3_000_000,
+        attributes: Vec::new(),
+        error: Some("cancelled by an administrator".to_owned()),
+    };
+    trace.end(past, &[OperationTrace::new("c-1", "rebalance-1")]);
     timeout(Duration::from_secs(20), telemetry.shutdown()).await.unwrap();
 
-    let names = collector.names.lock().unwrap().clone();
-    assert!(names.contains("vasto.node.ops"), "{names:?}");
-    assert!(names.contains("group_commit"), "{names:?}");
-    assert!(!names.contains("their_span"), "{names:?}");
-    assert!(!names.contains("server"), "what names a server in log lines is no trace: {names:?}");
-    serving.abort();
+    let metrics = collector.metrics();
+    assert!(metrics.contains("vasto.node.ops"), "{metrics:?}");
+    let spans = collector.spans();
+    let names: BTreeSet<&str> = spans.iter().map(|span| span.name.as_str()).collect();
+    // What names servers and operations in log lines is no part of traces.
+    assert_eq!(names, BTreeSet::from(["bucket get", "group_commit", "operation grow"]));
+    let named = |name: &str| spans.iter().find(|span| span.name == name).unwrap();
+    let (part, whole) = (named("bucket get"), named("operation grow"));
+    assert_eq!((part.trace_id.clone(), part.instance.as_str()), (trace.trace_id(), "n-7"));
+    assert_eq!((&part.parent_id, &part.trace_id), (&whole.span_id, &whole.trace_id));
+    assert_eq!((whole.parent_id.as_str(), whole.attributes.len()), ("", 1), "{whole:?}");
+    assert_eq!((whole.start_ns, whole.end_ns), (1_000_000_000, 3_000_000_000));
+    assert_eq!(whole.error.as_deref(), Some("cancelled by an administrator"));
+    assert_eq!(whole.links, [OperationTrace::new("c-1", "rebalance-1").trace_id()]);
 }

@@ -1,6 +1,6 @@
-//! Test support for several crates: stores that inject faults, real S3 servers, processes
-//! under test, directories, waiting, random numbers, settings of a run, and the sources of the
-//! workspace.
+//! Test support for several crates: stores that inject faults, real S3 servers, a collector of
+//! telemetry, processes under test, directories, waiting, random numbers, settings of a run, and
+//! the sources of the workspace.
 //!
 //! **Invariant:** the kit depends on `core` and `shipping` alone, so that tests that use it compile
 //! no RocksDB; other crates use it in their tests only.
@@ -12,6 +12,7 @@ mod http_request;
 pub mod http_store;
 pub mod metadata;
 mod numbers;
+pub mod otlp;
 mod process;
 mod s3_server;
 mod setting;

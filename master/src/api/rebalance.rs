@@ -18,6 +18,7 @@ use super::ask;
 use crate::cluster::{Cluster, nonce, now_us};
 use crate::driver::{has_ended, pace_error};
 use crate::state::{CatalogChange, RebalanceLook};
+use crate::trace::rebalance_ended;
 use crate::view::rebalance::{balanced, of_id, plan};
 use crate::view::{Sorted, json};
 
@@ -180,9 +181,14 @@ pub(crate) async fn end(
     let (now_us, nonce) = (now_us(), nonce());
     let change =
         |now: &ClusterSettings| now.without_rebalance(running.since_us, cancelled, now_us, nonce);
-    changed(cluster, change).await?;
+    let newest = changed(cluster, change).await?;
     tracing::info!(operation = running.operation_id(), cancelled, "a rebalance has ended");
     cluster.state().rebalance = RebalanceLook::default();
+    // Another master may have ended it, and exports that.
+    if newest.nonce == nonce {
+        let ended = rebalance_ended(&cluster.state(), running, cancelled, now_us);
+        ended.export(&cluster.cluster_id());
+    }
     Ok(())
 }
 

@@ -5,9 +5,12 @@
 //! reading the tip, the newest version in the bucket, for as long as that takes.
 
 use std::error::Error;
+use std::fmt::Display;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::RngExt;
+use tracing::Instrument;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, ReplicaId};
 use vasto_core::operation::operation_id;
@@ -15,10 +18,12 @@ use vasto_core::plan::Step;
 use vasto_core::reconcile::{LeadershipChanges, leadership_changes_between, sealing_write_max};
 use vasto_failpoint::{Point, points};
 use vasto_shipping::{CatalogError, CatalogWrite};
+use vasto_trace::{OpenSpan, OperationTrace};
 
 use super::KeyspaceDriver;
 use super::entry::{adopt, install};
 use crate::state::Delivery;
+use crate::trace::{Ended, concerned, drain_ended};
 
 /// First and longest pause between attempts at a bucket that fails.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
@@ -38,9 +43,38 @@ impl KeyspaceDriver {
     /// Writes a version, then installs it or the one that won instead. Retries a failing bucket
     /// until the outcome is known or the master stops.
     pub(super) async fn write(&mut self, next: Catalog) -> Written {
+        let traces = self.traces_of(&next);
+        let log = traces.first().map_or_else(tracing::Span::none, OperationTrace::log_span);
+        Box::pin(self.write_traced(next, &traces)).instrument(log).await
+    }
+
+    /// Returns the traces of the operations that a version begins, changes or ends.
+    fn traces_of(&self, next: &Catalog) -> Vec<OperationTrace> {
+        let before = self.known();
+        let cluster = self.cluster.cluster_id();
+        let ids = concerned(before.as_deref(), next);
+        ids.iter().map(|id| OperationTrace::new(&cluster, id)).collect()
+    }
+
+    /// Returns the last version that this master knows.
+    fn known(&self) -> Option<Arc<Catalog>> {
+        let state = self.cluster.state();
+        state.keyspaces.get(&self.keyspace).map(|keyspace| keyspace.catalog.clone())
+    }
+
+    /// Returns what the last version that this master knows has waited for.
+    fn waited_for(&self) -> Option<String> {
+        let state = self.cluster.state();
+        state.keyspaces.get(&self.keyspace)?.waiting_for.clone()
+    }
+
+    async fn write_traced(&mut self, next: Catalog, traces: &[OperationTrace]) -> Written {
         let started = Instant::now();
         let version = next.version;
-        match self.cluster.shutdown.run_until_cancelled(self.put(&next)).await {
+        let spans = begin_put(&next, traces);
+        let put = self.cluster.shutdown.run_until_cancelled(self.put(&next)).await;
+        end_put(spans, put.as_ref());
+        match put {
             None => Written::Stopping,
             Some(Ok(CatalogWrite::Won)) => {
                 self.cluster.metrics.catalog_write("won");
@@ -144,15 +178,15 @@ impl KeyspaceDriver {
         self.cluster.shutdown.run_until_cancelled(tip).await
     }
 
-    fn won(&self, next: Catalog, took: Duration) {
+    fn won(&mut self, next: Catalog, took: Duration) {
         let delivery = delivery_of(&next, took);
         log_version(&next, delivery, took);
-        let before = self
-            .cluster
-            .state()
-            .keyspaces
-            .get(&next.keyspace)
-            .map(|keyspace| keyspace.catalog.clone());
+        let before = self.known();
+        let ended = before.as_ref().map(|before| self.steps.follow(before, &next));
+        let mut ended = ended.unwrap_or_default();
+        if let Some(what) = self.waited_for() {
+            ended.iter_mut().for_each(|one| one.note_waiting(&what));
+        }
         let changes =
             before.map(|before| leadership_changes_between(&before, &next)).unwrap_or_default();
         if changes != LeadershipChanges::default() {
@@ -165,6 +199,24 @@ impl KeyspaceDriver {
             self.cluster.metrics.primaries_moved(changes);
         }
         install(&self.cluster, next, delivery);
+        self.trace(ended);
+    }
+
+    /// Exports what a version has ended, once it is installed: the drain of a node ends with its
+    /// last keyspace.
+    fn trace(&self, ended: Vec<Ended>) {
+        if !vasto_trace::is_enabled() {
+            return;
+        }
+        let cluster = self.cluster.cluster_id();
+        for one in ended {
+            let drain = match &one {
+                Ended::Drain(id, _) => drain_ended(&self.cluster.state(), id),
+                Ended::Step(..) | Ended::Whole(..) => None,
+            };
+            one.export(&cluster);
+            drain.into_iter().for_each(|whole| whole.export(&cluster));
+        }
     }
 
     pub(super) fn adopt(&self, tip: Catalog) {
@@ -172,6 +224,33 @@ impl KeyspaceDriver {
         if adopt(&self.cluster, tip) {
             tracing::info!(keyspace = name, %version, "adopted the tip of the catalog");
         }
+    }
+}
+
+/// Begins the spans of the write of a version, one for each operation that it concerns.
+fn begin_put(next: &Catalog, traces: &[OperationTrace]) -> Vec<OpenSpan> {
+    let begin = |trace: &OperationTrace| {
+        let mut span = trace.begin("bucket put");
+        span.set("vasto.what", "catalog version");
+        span.set("vasto.keyspace", next.name.clone());
+        span.count("vasto.version", next.version.0);
+        // As the body of the object has them, but for its envelope.
+        let bytes = serde_json::to_vec(next).map_or(0, |body| body.len() as u64);
+        span.count("vasto.bytes_to_bucket", bytes);
+        span
+    };
+    traces.iter().filter(|_| vasto_trace::is_enabled()).map(begin).collect()
+}
+
+/// Ends these spans. A write that is cut off when the master stops cuts them off, too.
+fn end_put<E: Display>(spans: Vec<OpenSpan>, put: Option<&Result<CatalogWrite, E>>) {
+    let Some(put) = put else { return };
+    for mut span in spans {
+        if let Ok(outcome) = put {
+            let won = matches!(outcome, CatalogWrite::Won);
+            span.set("vasto.outcome", if won { "won" } else { "lost" });
+        }
+        span.end(put);
     }
 }
 

@@ -18,6 +18,7 @@ use super::reader::BucketReader;
 use crate::engine::{EngineError, EngineShared};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
+use crate::target_trace::TargetTrace;
 
 /// The inputs of a bootstrap.
 pub(crate) struct Bootstrap {
@@ -35,6 +36,8 @@ pub(crate) struct Bootstrap {
     pub registry: Arc<NodeRegistry>,
     /// Cancels the bootstrap.
     pub cancel: CancellationToken,
+    /// The spans of the target.
+    pub trace: TargetTrace,
 }
 
 impl Bootstrap {
@@ -57,6 +60,7 @@ impl Bootstrap {
             progress: &self.progress,
             registry: &self.registry,
             cancel: &self.cancel,
+            trace: &self.trace,
         }
     }
 }

@@ -48,7 +48,11 @@ impl Bootstrap {
         let (engines, dir, side, base) =
             (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
         let work = move || install(&engines, &dir, &side, &base, adoption, log);
-        tokio::task::spawn_blocking(work).await?
+        let mut span = self.trace.begin("target adopt");
+        span.count("vasto.bytes_moved", total);
+        let installed = tokio::task::spawn_blocking(work).await?;
+        span.end(&installed);
+        installed
     }
 
     /// Merges the rows of a checkpoint that belong to the shard.

@@ -103,6 +103,7 @@ mod tests {
     use super::*;
     use crate::clock::{Clock, SharedClock};
     use crate::registry::NodeRegistry;
+    use crate::target_trace::TargetTrace;
 
     const OWNER: Owner =
         Owner { keyspace: KeyspaceId(1), shard: ShardId(0), replica: ReplicaId(7) };
@@ -122,6 +123,7 @@ mod tests {
         progress: Mutex<TargetProgress>,
         registry: NodeRegistry,
         cancel: CancellationToken,
+        trace: TargetTrace,
         _dir: tempfile::TempDir,
     }
 
@@ -135,6 +137,7 @@ mod tests {
                 progress: Mutex::new(TargetProgress::new(PlanId(1))),
                 registry: NodeRegistry::new(NodeId(1), clock, 1),
                 cancel: CancellationToken::new(),
+                trace: TargetTrace::silent(),
                 _dir: dir,
             }
         }
@@ -145,6 +148,7 @@ mod tests {
                 progress: &self.progress,
                 registry: &self.registry,
                 cancel: &self.cancel,
+                trace: &self.trace,
             }
         }
 

@@ -23,6 +23,7 @@ use vasto_shipping::layout::Owner;
 use super::error::BuildError;
 use crate::rates;
 use crate::registry::NodeRegistry;
+use crate::target_trace::TargetTrace;
 
 /// Parallel ranged requests of a download.
 const PARALLEL: usize = 8;
@@ -40,6 +41,8 @@ pub(super) struct BucketReader<'a> {
     pub registry: &'a NodeRegistry,
     /// Cancels the build.
     pub cancel: &'a CancellationToken,
+    /// The spans of the target.
+    pub trace: &'a TargetTrace,
 }
 
 impl BucketReader<'_> {
@@ -80,7 +83,26 @@ impl BucketReader<'_> {
 
     /// Downloads objects; files that an earlier attempt has downloaded are kept and count as done.
     pub(super) async fn download(&self, wanted: &[Wanted], dir: &Path) -> Result<(), BuildError> {
+        let mut span = self.trace.begin("bucket get");
+        span.set("vasto.what", "files");
+        span.count("vasto.objects", wanted.len() as u64);
+        if let Some(first) = wanted.first() {
+            span.set("vasto.first_key", first.key.clone());
+        }
         let fetched = DownloadProgress::default();
+        let result = self.fetch(wanted, dir, &fetched).await;
+        span.count("vasto.slowest_ms", fetched.slowest_us.load(Ordering::Relaxed) / 1_000);
+        span.count("vasto.repeated", fetched.repeated.load(Ordering::Relaxed));
+        span.end(&result);
+        result
+    }
+
+    async fn fetch(
+        &self,
+        wanted: &[Wanted],
+        dir: &Path,
+        fetched: &DownloadProgress,
+    ) -> Result<(), BuildError> {
         let work = rates::DOWNLOADS.begin();
         let before = self.progress.lock().clone();
         let show = || {
@@ -91,7 +113,7 @@ impl BucketReader<'_> {
             progress.objects_read = before.objects_read + fetched.requests.load(Ordering::Relaxed);
         };
         let result = {
-            let fetch = download(self.bucket, wanted, dir, PARALLEL, &fetched, self.cancel);
+            let fetch = download(self.bucket, wanted, dir, PARALLEL, fetched, self.cancel);
             tokio::pin!(fetch);
             let mut tick = tokio::time::interval(REPORT);
             loop {

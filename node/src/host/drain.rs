@@ -14,6 +14,7 @@ use vasto_core::report::TargetProgress;
 use super::hosted::Hosted;
 use super::shared::RETRY_MAX;
 use crate::build::{Bootstrap, BuildError};
+use crate::target_trace::TargetTrace;
 
 impl Hosted {
     /// Applies the unpulled part of the archive of a replica that left its placement, perhaps for
@@ -65,6 +66,8 @@ impl Hosted {
             progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(0)))),
             registry: shared.context.registry.clone(),
             cancel: shared.cancel.clone(),
+            // The drain of a replica is part of no plan.
+            trace: TargetTrace::silent(),
         };
         while !shared.cancel.is_cancelled() {
             let taken = bootstrap.join_what_was_shipped(replica, left, shards).await;

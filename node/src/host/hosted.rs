@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{Lsn, PlanId, ReplicaId};
 use vasto_failpoint::{Injected, Point};
+use vasto_trace::OpenSpan;
 
 use super::HostContext;
 use super::shared::{RETRY, RETRY_MAX, Shared};
@@ -47,6 +48,8 @@ pub(super) struct Preparation {
 pub(super) struct Background {
     /// Plan whose target this replica is, and the token that cancels its build.
     pub(super) build: Option<(PlanId, CancellationToken)>,
+    /// Plan that adds this replica, and the span of its catching up until it has.
+    pub(super) catching_up: Option<(PlanId, Option<OpenSpan>)>,
     /// The preparation of this replica as a source.
     pub(super) preparing: Option<Preparation>,
     /// Plan for which this replica, as a retired source, ships its log to the end.

@@ -4,6 +4,7 @@
 //! can wait for that long.
 
 use vasto_core::catalog::Catalog;
+use vasto_core::limits::TAIL_LAG_LSNS_MAX;
 use vasto_core::plan::{Plan, PlanKind};
 use vasto_core::report::ReplicationReport;
 
@@ -34,6 +35,7 @@ impl Hosted {
                 shared.notify();
             }
         }
+        self.note_caught_up(catalog);
         self.slow_writers(catalog);
         replica.followers().expire();
         replica.bucket_acks().expire();
@@ -56,6 +58,20 @@ impl Hosted {
             shared.notify();
         }
         *reported = report;
+    }
+
+    /// Ends the span of an added replica that catches up, once it has.
+    fn note_caught_up(&self, catalog: &Catalog) {
+        let is_close = |plan: &&Plan| {
+            copy_lag(plan, &self.replicator).is_some_and(|lag| lag <= TAIL_LAG_LSNS_MAX)
+        };
+        if let Some(plan) = self.copy_plan(catalog).filter(is_close)
+            && let Some((id, span)) = &mut self.background.lock().catching_up
+            && *id == plan.id
+            && let Some(span) = span.take()
+        {
+            span.done();
+        }
     }
 
     /// Returns the running plan, if it makes this replica one more member of its shard.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio::sync::watch;
+use tracing::Instrument;
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Lsn};
 use vasto_core::plan::{Plan, PlanKind, Step};
@@ -25,6 +26,7 @@ use crate::engine::EngineShared;
 use crate::replica::command::ReplicaError;
 use crate::replica::{OpenOptions, Replica, database_dir};
 use crate::ship::{self, old_copy};
+use crate::target_trace::TargetTrace;
 
 /// Returns the replicas whose objects a restore does not use as they are.
 fn without(catalog: &Catalog) -> Without<'_> {
@@ -120,11 +122,13 @@ impl Shared {
             progress: progress.clone(),
             registry: self.context.registry.clone(),
             cancel: self.cancel.clone(),
+            trace: TargetTrace::new(self.trace(plan.id), progress.clone()),
         };
         let mut opened = None;
         let mut pause = RETRY;
         loop {
-            match self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened).await {
+            let taking = self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened);
+            match taking.instrument(bootstrap.trace.log_span()).await {
                 Ok(()) => {
                     progress.lock().last_error = None;
                     return Ok(opened.map(|replica| (replica, catalog.clone())));
@@ -158,9 +162,13 @@ impl Shared {
         opened: &mut Option<Replica>,
     ) -> Result<(), BuildError> {
         let choice = self.spec.dir.join("sources.json");
+        let mut span = bootstrap.trace.begin("bucket get");
+        span.set("vasto.what", "choice of archives");
         let chosen =
             sources::chosen(&self.context.bucket, &choice, self.sources_in_bucket(catalog, plan))
-                .await?;
+                .await;
+        span.end(&chosen);
+        let chosen = chosen?;
         let log = match plan.kind {
             PlanKind::Restore { at_us, .. } => {
                 Log::Fork { shards: catalog.spec.shards, until_us: at_us }
@@ -191,15 +199,19 @@ impl Shared {
             *opened = Some(replica.map_err(|reason| ReplicaError::Closed(reason.clone()))?);
         }
         let Some(replica) = opened.as_ref() else { return Err(BuildError::Cancelled) };
-        match log {
+        let mut span = bootstrap.trace.begin("target log");
+        let taken = match log {
             Log::Fork { shards, until_us } => {
-                bootstrap.merge_all(replica, &chosen, shards, until_us).await?
+                bootstrap.merge_all(replica, &chosen, shards, until_us).await
             }
             Log::Replicate => {
                 let source = plan.sources.first().map(|source| source.replica).unwrap_or_default();
-                bootstrap.join_all(replica, &chosen, source, catalog.spec.shards).await?;
+                bootstrap.join_all(replica, &chosen, source, catalog.spec.shards).await
             }
-        }
+        };
+        span.count("vasto.logs", bootstrap.progress.lock().reached.len() as u64);
+        span.end(&taken);
+        taken?;
         tracing::info!(
             keyspace = self.spec.keyspace.0,
             shard = self.spec.shard.0,

@@ -5,6 +5,7 @@
 //! applied.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use vasto_core::Band;
 use vasto_core::catalog::Catalog;
@@ -136,10 +137,15 @@ impl Hosted {
                 return Err(ReplicaError::Closed(NOT_FILLED.into()));
             }
             self.passes(points::TARGET_OPEN_BEFORE).await?;
-            let state = RangeState::Owned;
+            let (asked, state) = (Instant::now(), RangeState::Owned);
             replica
                 .control(Control::SetRange { epoch: catalog.epoch, version, range, state })
                 .await?;
+            if let Some(plan) = plan {
+                let mut span = self.shared.trace(plan.id).began("target open", asked);
+                span.count("vasto.version", version.0);
+                span.done();
+            }
             self.passes(points::TARGET_OPEN_AFTER).await?;
             tracing::info!(
                 keyspace = replica.keyspace.0,
@@ -198,8 +204,12 @@ impl Hosted {
     ) -> Result<(), ReplicaError> {
         let (replica, version, plan_id) = (&self.replica, catalog.version, plan.id);
         self.passes(points::SOURCE_SEAL_BEFORE).await?;
+        let asked = Instant::now();
         let lsn = replica.control(Control::Seal { plan: plan_id, version, range }).await?;
         self.passes(points::SOURCE_SEAL_RECORDED).await?;
+        let mut span = self.shared.trace(plan_id).began("source seal", asked);
+        span.count("vasto.version", version.0);
+        span.count("vasto.lsn", lsn.0);
         let is_source = plan.sources.iter().any(|source| source.replica == replica.id);
         let waits =
             is_source && catalog.shard(replica.shard).is_some_and(|shard| shard.replicas.len() > 1);
@@ -208,6 +218,7 @@ impl Hosted {
             status.source_of(plan_id);
             if !waits {
                 status.seal(plan_id, Sealed { version, lsn });
+                span.done();
                 return Ok(());
             }
         }
@@ -215,6 +226,7 @@ impl Hosted {
         tokio::spawn(async move {
             let Some(lsn) = this.replicator.sealed_by_all(&catalog).await else { return };
             this.shared.status.lock().seal(plan_id, Sealed { version, lsn });
+            span.done();
             this.shared.notify();
         });
         Ok(())

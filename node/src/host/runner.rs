@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span};
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn};
 use vasto_core::report::{ReplicaPhase, ReplicationReport};
@@ -130,7 +131,9 @@ async fn reconcile(
         // Each pass applies the newest version; the inner loop waits for the next one, or for the
         // retry.
         let catalog = catalogs.borrow_and_update().clone();
-        let applied = hosted.apply_catalog(&catalog).await;
+        let plan = catalog.plan_of(replica.id);
+        let log = plan.map_or_else(Span::none, |plan| shared.trace(plan.id).log_span());
+        let applied = hosted.apply_catalog(&catalog).instrument(log).await;
         let again = applied.is_err();
         if let Err(error) = applied {
             let spec = &shared.spec;

@@ -14,6 +14,7 @@ use vasto_core::ids::{PlanId, ReplicaId};
 use vasto_core::plan::Plan;
 use vasto_core::report::{ReplicaPhase, Sealed, SourceProgress, TargetProgress};
 use vasto_failpoint::{Injected, Point};
+use vasto_trace::OperationTrace;
 
 use super::{HostContext, ReplicaSpec};
 use crate::replication::replicator::Replicator;
@@ -95,6 +96,13 @@ impl Shared {
     /// Passes a failpoint.
     pub(super) async fn passes(&self, point: Point) -> Result<(), Injected> {
         vasto_failpoint::at(point, self.spec.keyspace, self.spec.replica).await
+    }
+
+    /// Returns the trace of a plan, for the spans of this replica.
+    pub(super) fn trace(&self, plan: PlanId) -> OperationTrace {
+        let ReplicaSpec { keyspace, shard, replica, .. } = self.spec;
+        let trace = self.context.registry.trace(keyspace, plan);
+        trace.with_count("vasto.shard", shard.0.into()).with_count("vasto.replica", replica.0)
     }
 
     /// Wakes the reporter: something that the master waits for has happened.

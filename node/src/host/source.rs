@@ -5,12 +5,13 @@
 //! - A retired source is released once the bucket has its whole log.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use vasto_core::ids::{Lsn, PlanId};
 use vasto_core::plan::{PinnedManifest, Plan, Step};
-use vasto_core::report::SourceProgress;
+use vasto_core::report::{PauseMs, SourceProgress};
 use vasto_failpoint::points;
 
 use super::hosted::{Hosted, Preparation};
@@ -43,7 +44,9 @@ impl Hosted {
                 let _ = replica.take_pauses(); // those of an earlier plan
             }
             if plan.step == Step::Committed && !progress.released {
-                progress.pauses_us.extend(replica.take_pauses());
+                let pauses = replica.take_pauses();
+                self.trace_pauses(plan.id, &pauses);
+                progress.pauses_us.extend(pauses);
                 progress.released = !ships_to_the_end;
             }
         }
@@ -60,6 +63,20 @@ impl Hosted {
         if plan.step == Step::Prepare && (!plan.shrinks() || plan.floor.is_some()) {
             self.prepare_source(plan);
         }
+    }
+
+    /// Exports how long writes of the moving keys waited, the pause itself first.
+    fn trace_pauses(&self, plan: PlanId, pauses_us: &[u64]) {
+        let Some(pause_us) = pauses_us.first() else { return };
+        let now = Instant::now();
+        let began = now.checked_sub(Duration::from_micros(*pause_us)).unwrap_or(now);
+        let mut span = self.shared.trace(plan).began("source pause", began);
+        let PauseMs { p50, p99, max } = PauseMs::of(pauses_us.to_vec());
+        span.count("vasto.writes_waited", pauses_us.len() as u64 - 1);
+        span.set("vasto.p50_ms", p50);
+        span.set("vasto.p99_ms", p99);
+        span.set("vasto.max_ms", max);
+        span.done();
     }
 
     /// Ships the log of a retired shard to its end, then releases: a restore to the last moments of
@@ -105,8 +122,9 @@ impl Hosted {
             (source.manifest, source.export) = (None, None);
             (source.bytes_total, source.bytes_done, source.rows_done) = (0, 0, 0);
         }
+        let log = self.shared.trace(plan.id).log_span();
         let (this, plan) = (self.clone(), plan.clone());
-        tokio::spawn(async move {
+        let preparing = async move {
             let Some(result) = cancel.run_until_cancelled(this.prepare(&plan, &cancel)).await
             else {
                 return;
@@ -124,7 +142,8 @@ impl Hosted {
                 }
             }
             this.shared.notify();
-        });
+        };
+        tokio::spawn(preparing.instrument(log));
     }
 
     /// Reports how far the export of a plan is.
@@ -167,7 +186,17 @@ impl Hosted {
         bucket.pass(0).await;
         // The files of the checkpoint are what the targets read, unless there is an export.
         let read = plan.leaving().filter(|_| !plan.exports());
+        let trace = self.shared.trace(plan.id);
+        let mut span = trace.begin("source checkpoint");
+        let before = self.ship.uploaded();
         let checkpoint = self.ship.checkpoint(read).await;
+        if let Ok(manifest) = &checkpoint {
+            span.count("vasto.lsn", manifest.lsn.0);
+        }
+        let after = self.ship.uploaded();
+        span.count("vasto.bytes_to_bucket", after.0 - before.0);
+        span.count("vasto.objects", after.1 - before.1);
+        span.end(&checkpoint);
         let manifest = checkpoint.map_err(|error| format!("the checkpoint failed: {error}"))?;
         self.passes(points::SOURCE_CHECKPOINT_MADE).await.map_err(|error| error.to_string())?;
         if !plan.exports() {
@@ -179,6 +208,7 @@ impl Hosted {
             pace: self.shared.context.pace.clone(),
             tmp: self.shared.spec.tmp.clone(),
             cancel: cancel.clone(),
+            trace,
         };
         let report = |done: Exported| self.exported(plan.id, done);
         let (mut pause, mut failed) = (RETRY, 0);

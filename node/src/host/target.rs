@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use vasto_core::ids::Lsn;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::report::{TargetProgress, TargetStage};
@@ -14,6 +15,7 @@ use vasto_core::report::{TargetProgress, TargetStage};
 use super::hosted::Hosted;
 use super::shared::RETRY;
 use crate::build::resize::Build;
+use crate::target_trace::TargetTrace;
 
 impl Hosted {
     pub(super) fn reconcile_target(self: &Arc<Self>, plan: Option<&Plan>, placed: bool) {
@@ -21,10 +23,16 @@ impl Hosted {
         let open =
             placed && plan.is_none_or(|plan| !plan.shrinks() || plan.step == Step::Committed);
         let mut work = self.background.lock();
-        if (open || plan.is_none())
-            && let Some((_, cancel)) = work.build.take()
-        {
-            cancel.cancel();
+        if open || plan.is_none() {
+            if let Some((_, cancel)) = work.build.take() {
+                cancel.cancel();
+            }
+            // Dropped, and with that cut off, when the plan was undone.
+            if let Some((_, Some(span))) = work.catching_up.take()
+                && open
+            {
+                span.done();
+            }
         }
         let Some(plan) = plan else {
             self.shared.status.lock().target = None;
@@ -43,6 +51,10 @@ impl Hosted {
             // The replica pulls from its peers like any other; `housekeeping` reports its lag.
             progress.lock().stage = TargetStage::Tailing;
             progress.lock().lag_lsns = u64::MAX;
+            if work.catching_up.as_ref().is_none_or(|(id, _)| *id != plan.id) {
+                let span = self.shared.trace(plan.id).begin("target catch up");
+                work.catching_up = Some((plan.id, Some(span)));
+            }
             return;
         }
         // A replica may be the target of one plan after the other.
@@ -54,12 +66,14 @@ impl Hosted {
         }
         let cancel = self.shared.cancel.child_token();
         work.build = Some((plan.id, cancel.clone()));
+        let log = self.shared.trace(plan.id).log_span();
         let (this, plan) = (self.clone(), plan.clone());
-        tokio::spawn(async move {
+        let building = async move {
             this.build(plan, progress, cancel).await;
             // The plan may have been undone while bands began to arrive.
             this.reconcile_arrivals();
-        });
+        };
+        tokio::spawn(building.instrument(log));
     }
 
     async fn build(
@@ -69,6 +83,8 @@ impl Hosted {
         cancel: CancellationToken,
     ) {
         let bulk = self.shared.context.registry.bulk.of(self.replica.keyspace, plan.id);
+        // One for all attempts: however often the bucket fails, few spans tell of it.
+        let trace = TargetTrace::new(self.shared.trace(plan.id), progress.clone());
         while !cancel.is_cancelled() {
             let build = Build {
                 replica: self.replica.clone(),
@@ -78,6 +94,7 @@ impl Hosted {
                 tmp: self.shared.spec.tmp.clone(),
                 progress: progress.clone(),
                 cancel: cancel.clone(),
+                trace: trace.clone(),
             };
             let built = match self.make_room(&plan, &cancel).await {
                 Ok(()) => build.run(plan.clone()).await,

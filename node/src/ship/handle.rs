@@ -1,5 +1,8 @@
 //! Handle to a replica's shipper, for the other modules of the node.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use tokio::sync::{mpsc, oneshot, watch};
 use vasto_core::ids::Lsn;
 use vasto_core::plan::PinnedManifest;
@@ -30,12 +33,29 @@ pub(super) enum ShipRequest {
     },
 }
 
+/// What the checkpoints of a replica have uploaded since it was opened: their files, without the
+/// manifests.
+#[derive(Debug, Default)]
+pub(super) struct Uploads {
+    bytes: AtomicU64,
+    objects: AtomicU64,
+}
+
+impl Uploads {
+    /// Counts an uploaded file.
+    pub(super) fn add(&self, bytes: u64) {
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.objects.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
 /// A handle to a replica's shipper.
 #[derive(Clone)]
 pub(crate) struct ShipHandle {
     requests: mpsc::UnboundedSender<ShipRequest>,
     duty: watch::Sender<Duty>,
     status: watch::Receiver<ShipStatus>,
+    uploads: Arc<Uploads>,
 }
 
 /// The shipper's ends of its handle.
@@ -43,6 +63,7 @@ pub(super) struct ShipperEnds {
     pub(super) requests: mpsc::UnboundedReceiver<ShipRequest>,
     pub(super) duty: watch::Receiver<Duty>,
     pub(super) status: watch::Sender<ShipStatus>,
+    pub(super) uploads: Arc<Uploads>,
 }
 
 /// Creates a handle with the ends that the shipper keeps.
@@ -50,9 +71,10 @@ pub(super) fn handle() -> (ShipHandle, ShipperEnds) {
     let (sender, requests) = mpsc::unbounded_channel();
     let (duty, duties) = watch::channel(Duty::default());
     let (publisher, status) = watch::channel(ShipStatus::default());
+    let uploads = Arc::new(Uploads::default());
     (
-        ShipHandle { requests: sender, duty, status },
-        ShipperEnds { requests, duty: duties, status: publisher },
+        ShipHandle { requests: sender, duty, status, uploads: uploads.clone() },
+        ShipperEnds { requests, duty: duties, status: publisher, uploads },
     )
 }
 
@@ -97,6 +119,13 @@ impl ShipHandle {
     /// Returns the last published status.
     pub(crate) fn status(&self) -> ShipStatus {
         *self.status.borrow()
+    }
+
+    /// Returns the bytes and the number of the files that checkpoints have uploaded since the
+    /// replica was opened.
+    pub(crate) fn uploaded(&self) -> (u64, u64) {
+        let Uploads { bytes, objects } = &*self.uploads;
+        (bytes.load(Ordering::Relaxed), objects.load(Ordering::Relaxed))
     }
 
     /// Returns the LSN after which a running plan needs the log and the bucket does not hold it;

@@ -60,13 +60,13 @@ pub(crate) fn start(
 ) -> (ShipHandle, impl Future<Output = ()> + Send) {
     let (handle, ends) = handle();
     let shipper = async move {
-        let ShipperEnds { requests, duty, status } = ends;
+        let ShipperEnds { requests, duty, status, uploads } = ends;
         let context = Arc::new(context);
         // Independent of all waits for the bucket: the log stays bounded whatever the bucket does.
         let truncation = Truncation::new(&context, duty.clone(), status.clone());
         let shipper = Shipper {
             chunks: Chunks::open(context.clone(), duty.clone(), status),
-            checkpoints: Checkpoints::new(context.clone()),
+            checkpoints: Checkpoints::new(context.clone(), uploads),
             context,
             backoff: Backoff::new(),
             dirty_since: None,

@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -56,6 +56,17 @@ pub struct DownloadProgress {
     pub bytes: AtomicU64,
     /// Requests sent.
     pub requests: AtomicU64,
+    /// Requests that failed and were repeated.
+    pub repeated: AtomicU64,
+    /// Time that the slowest request took, its body included, microseconds.
+    pub slowest_us: AtomicU64,
+}
+
+impl DownloadProgress {
+    fn took(&self, time: Duration) {
+        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        self.slowest_us.fetch_max(us, Ordering::Relaxed);
+    }
 }
 
 /// Why a download ended early. Finished files stay; another call continues from there.
@@ -242,12 +253,16 @@ impl Task<'_> {
             if self.bucket.pass(0).await {
                 retry = Retry::new(self.bucket.budget);
             }
-            let failure = match self.try_part(&retry, &object, range.clone()).await {
+            let began = Instant::now();
+            let tried = self.try_part(&retry, &object, range.clone()).await;
+            self.progress.took(began.elapsed());
+            let failure = match tried {
                 Ok(crc) => return Ok((crc, range.end - range.start)),
                 Err(Attempt::Failed(failure)) => failure,
                 Err(Attempt::Ended(error)) => return Err(error),
             };
             if failure.transient && retry.pause().await {
+                self.progress.repeated.fetch_add(1, Ordering::Relaxed);
                 continue;
             }
             let key = &object.wanted.key;

@@ -38,5 +38,6 @@ mod shrink_faults;
 mod shrinks;
 mod storm;
 mod thousand;
+mod traces;
 mod undone;
 mod visibility;

@@ -16,7 +16,7 @@ use std::collections::btree_map;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
@@ -24,13 +24,14 @@ use tokio_util::sync::CancellationToken;
 use vasto_core::ShardId;
 use vasto_core::entry::Entry;
 use vasto_core::hash::{jump, partition_hash};
-use vasto_core::ids::Lsn;
+use vasto_core::ids::{Lsn, PlanId};
 use vasto_core::merge::is_collected;
 use vasto_core::plan::Plan;
 use vasto_failpoint::{Injected, Point, points};
 use vasto_shipping::bucket::{Bucket, Create};
 use vasto_shipping::export::{ExportManifest, ExportedTable};
 use vasto_shipping::layout;
+use vasto_trace::OperationTrace;
 
 use super::Shape;
 use crate::build::error::{BuildError, io};
@@ -61,6 +62,8 @@ pub(crate) struct Export {
     pub tmp: PathBuf,
     /// Fires when the plan is over.
     pub cancel: CancellationToken,
+    /// The trace of the plan at the source.
+    pub trace: OperationTrace,
 }
 
 /// How far an export is.
@@ -72,6 +75,26 @@ pub(crate) struct Exported {
     pub bytes_total: u64,
     /// Bytes of the tables in the bucket.
     pub bytes_done: u64,
+}
+
+impl Exported {
+    /// Returns the state of an export whose tables are written, and none is in the bucket.
+    fn written(tables: &[(ShardId, WrittenTable)]) -> Self {
+        Self {
+            rows: tables.iter().map(|(_, table)| table.rows).sum(),
+            bytes_total: tables.iter().map(|(_, table)| table.bytes).sum(),
+            bytes_done: 0,
+        }
+    }
+}
+
+/// What the uploads of an export count, for its span.
+#[derive(Clone, Copy)]
+struct Calls<'a> {
+    /// Time that the slowest upload of a table took, its repetitions included, microseconds.
+    slowest_us: &'a AtomicU64,
+    /// Bytes of the tables that were uploaded.
+    bytes: &'a AtomicU64,
 }
 
 /// Receives how far an export is.
@@ -122,7 +145,15 @@ impl Export {
         let floor = self.replica.floor();
         self.passes(points::SOURCE_EXPORT_BEGUN).await?;
         let work = rates::EXPORTS.begin();
-        let Written { tables, event_time_max, end } = self.write(shape, floor, dir, report).await?;
+        let mut span = self.trace.begin("source export");
+        let written = self.write(shape, floor, dir, report).await;
+        if let Ok(Written { tables, .. }) = &written {
+            let done = Exported::written(tables);
+            span.count("vasto.keys_moved", done.rows);
+            span.count("vasto.bytes_moved", done.bytes_total);
+        }
+        span.end(&written);
+        let Written { tables, event_time_max, end } = written?;
         while self.replica.log().synced_lsn() < end {
             if let Some(reason) = self.replica.closed() {
                 return Err(BuildError::Mismatch(reason));
@@ -130,18 +161,47 @@ impl Export {
             tokio::time::sleep(POLL).await;
         }
         self.passes(points::SOURCE_EXPORT_WRITTEN).await?;
+        let mut span = self.trace.begin("bucket put");
+        span.set("vasto.what", "tables");
+        span.count("vasto.objects", tables.len() as u64);
+        let (slowest_us, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        let calls = Calls { slowest_us: &slowest_us, bytes: &bytes };
+        let files = self.upload_all(plan.id, attempt, &tables, report, calls).await;
+        span.count("vasto.bytes_to_bucket", bytes.load(Ordering::Relaxed));
+        span.count("vasto.slowest_ms", slowest_us.load(Ordering::Relaxed) / 1_000);
+        span.end(&files);
+        let files = files?;
+        work.end(files.iter().map(|table| table.bytes).sum());
+        let manifest = ExportManifest {
+            keyspace: self.replica.keyspace,
+            plan: plan.id,
+            shard: self.replica.shard,
+            replica: self.replica.id,
+            lsn,
+            floor,
+            event_time_max,
+            files,
+        };
+        self.publish(manifest, attempt).await
+    }
+
+    /// Uploads the tables of an attempt.
+    async fn upload_all(
+        &self,
+        plan: PlanId,
+        attempt: &str,
+        tables: &[(ShardId, WrittenTable)],
+        report: Report<'_>,
+        calls: Calls<'_>,
+    ) -> Result<Vec<ExportedTable>, BuildError> {
         let Replica { keyspace, shard, .. } = self.replica;
-        let progress = Mutex::new(Exported {
-            rows: tables.iter().map(|(_, table)| table.rows).sum(),
-            bytes_total: tables.iter().map(|(_, table)| table.bytes).sum(),
-            bytes_done: 0,
-        });
+        let progress = Mutex::new(Exported::written(tables));
         let written = *progress.lock();
         report(written);
         let mut uploads = Vec::with_capacity(tables.len());
         for ((to, table), n) in tables.iter().zip(1..) {
-            let key = layout::export_table(keyspace, plan.id, shard, *to, n, attempt);
-            let (progress, upload) = (&progress, self.upload(*to, table, key));
+            let key = layout::export_table(keyspace, plan, shard, *to, n, attempt);
+            let (progress, upload) = (&progress, self.upload(*to, table, key, calls));
             uploads.push(async move {
                 let uploaded = upload.await?;
                 let now = {
@@ -161,20 +221,21 @@ impl Export {
             futures::stream::iter(rest).buffered(UPLOADS).try_collect().await?;
         files.extend(rest);
         self.passes(points::SOURCE_EXPORT_UPLOADED).await?;
-        work.end(files.iter().map(|table| table.bytes).sum());
-        let manifest = ExportManifest {
-            keyspace: self.replica.keyspace,
-            plan: plan.id,
-            shard: self.replica.shard,
-            replica: self.replica.id,
-            lsn,
-            floor,
-            event_time_max,
-            files,
-        };
+        Ok(files)
+    }
+
+    /// Writes the manifest of an export whose tables are in the bucket; returns its key.
+    async fn publish(&self, manifest: ExportManifest, attempt: &str) -> Result<String, BuildError> {
         let key =
             layout::export_manifest(manifest.keyspace, manifest.plan, manifest.shard, attempt);
-        match self.bucket.create(&key, manifest.encode()).await? {
+        let body = manifest.encode();
+        let mut span = self.trace.begin("bucket put");
+        span.set("vasto.what", "manifest");
+        span.count("vasto.objects", 1);
+        span.count("vasto.bytes_to_bucket", body.len() as u64);
+        let created = self.bucket.create(&key, body).await;
+        span.end(&created);
+        match created? {
             Create::Created => Ok(key),
             Create::Exists(_) => {
                 let reason = "another export has its name; start the resize again".to_owned();
@@ -220,11 +281,17 @@ impl Export {
         to: ShardId,
         table: &WrittenTable,
         key: String,
+        calls: Calls<'_>,
     ) -> Result<ExportedTable, BuildError> {
         // Whoever waits here has no turn yet: others go on.
         self.bucket.pass(table.bytes).await;
         let _turn = self.pace.turn(table.bytes).await;
-        let uploaded = self.bucket.upload_file(&key, &table.path).await?;
+        let began = Instant::now();
+        let uploaded = self.bucket.upload_file(&key, &table.path).await;
+        let took_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+        calls.slowest_us.fetch_max(took_us, Ordering::Relaxed);
+        let uploaded = uploaded?;
+        calls.bytes.fetch_add(uploaded.bytes, Ordering::Relaxed);
         // The space is needed for nothing else.
         let _ = tokio::fs::remove_file(&table.path).await;
         let (bytes, crc32c) = (uploaded.bytes, uploaded.crc32c);

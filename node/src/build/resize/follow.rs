@@ -9,10 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::try_join_all;
+use parking_lot::Mutex;
 use tonic::transport::Endpoint;
 use vasto_core::ids::{Lsn, ReplicaId};
 use vasto_core::limits::{
-    CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX,
+    CONNECT_TIMEOUT, KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MESSAGE_BYTES_MAX, TAIL_LAG_BYTES_MAX,
+    TAIL_LAG_LSNS_MAX,
 };
 use vasto_core::plan::{Plan, Source};
 use vasto_core::record::{Body, FeedProgress, KeyEntry, Record};
@@ -27,6 +29,7 @@ use crate::build::chunks::ChunkReader;
 use crate::build::error::BuildError;
 use crate::build::filter::ShardFilter;
 use crate::build::groups::apply_in_groups;
+use crate::target_trace::TargetSpan;
 
 /// Pause between two attempts to reach a source.
 const RETRY: Duration = Duration::from_millis(100);
@@ -39,9 +42,11 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
     let cursors: BTreeMap<ReplicaId, Lsn> = build.replica.tail_cursors()?.into_iter().collect();
     build.progress.lock().cursors = cursors.clone();
     let filter = ShardFilter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
-    let lags = Arc::new(parking_lot::Mutex::new(
+    let lags = Arc::new(Mutex::new(
         plan.sources.iter().map(|source| (source.replica, Lag::UNKNOWN)).collect(),
     ));
+    let mut tail = build.trace.begin("target tail");
+    let catching_up = Arc::new(Mutex::new(Some(build.trace.begin("target catch up"))));
     let followers = plan.sources.iter().map(|source| {
         let cursor = cursors.get(&source.replica).copied();
         let pinned = source.manifest.as_ref().map(|manifest| manifest.lsn);
@@ -55,6 +60,7 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
             source,
             filter,
             lags: Arc::clone(&lags),
+            catching_up: Arc::clone(&catching_up),
             cursor: cursor.unwrap_or_default(),
             failed: None,
             chunks: ChunkReader::after(owner, Vec::new(), pinned.unwrap_or_default()),
@@ -69,7 +75,15 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
             }
         }
     });
-    try_join_all(followers).await.map(|_| ())
+    let followed = try_join_all(followers).await.map(|_| ());
+    let caught_up = catching_up.lock().take().is_none();
+    tail.set("vasto.caught_up", caught_up);
+    match &followed {
+        // A tail has no other end than that of the plan.
+        Err(BuildError::Cancelled) => tail.done(),
+        ended => tail.end(ended),
+    }
+    followed
 }
 
 /// How far a source was ahead, at the last frame.
@@ -83,6 +97,14 @@ struct Lag {
 impl Lag {
     const UNKNOWN: Self = Self { lsns: u64::MAX, bytes: None };
 
+    /// Returns true when the plan may seal with this lag behind so many sources.
+    fn is_close(self, sources: u64) -> bool {
+        match self.bytes {
+            Some(bytes) => self.lsns != u64::MAX && bytes <= TAIL_LAG_BYTES_MAX * sources,
+            None => self.lsns <= TAIL_LAG_LSNS_MAX,
+        }
+    }
+
     /// Returns the lag behind both sources.
     fn and(self, other: Self) -> Self {
         let bytes = self.bytes.zip(other.bytes).map(|(one, other)| one.saturating_add(other));
@@ -94,7 +116,9 @@ struct Follower<'a> {
     build: &'a Build,
     source: &'a Source,
     filter: ShardFilter,
-    lags: Arc<parking_lot::Mutex<BTreeMap<ReplicaId, Lag>>>,
+    lags: Arc<Mutex<BTreeMap<ReplicaId, Lag>>>,
+    /// The span until all tails are close for the first time.
+    catching_up: Arc<Mutex<Option<TargetSpan>>>,
     cursor: Lsn,
     /// Why the stream was interrupted, until it goes on.
     failed: Option<String>,
@@ -175,12 +199,16 @@ impl Follower<'_> {
     }
 
     fn set_lag(&self, lag: Lag) {
-        let total = {
+        let (total, close) = {
             let mut lags = self.lags.lock();
             lags.insert(self.source.replica, lag);
             let none = Lag { lsns: 0, bytes: Some(0) };
-            lags.values().fold(none, |sum, lag| sum.and(*lag))
+            let total = lags.values().fold(none, |sum, lag| sum.and(*lag));
+            (total, total.is_close(lags.len() as u64))
         };
+        if close && let Some(span) = self.catching_up.lock().take() {
+            span.done();
+        }
         {
             let mut progress = self.build.progress.lock();
             (progress.lag_lsns, progress.lag_bytes) = (total.lsns, total.bytes);

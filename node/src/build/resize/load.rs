@@ -41,13 +41,11 @@ pub(super) async fn load(build: &Build, plan: &Plan) -> Result<(), BuildError> {
 
 async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildError> {
     let shape = Shape::of(plan)?;
-    let mut chosen = Vec::new();
-    for source in &plan.sources {
-        chosen.push(match plan.exports() {
-            true => choose_exported(build, plan, source).await?,
-            false => choose_banded(build, shape, source).await?,
-        });
-    }
+    let mut span = build.trace.begin("bucket get");
+    span.set("vasto.what", "manifests");
+    let chosen = choose(build, plan, shape).await;
+    span.end(&chosen);
+    let chosen = chosen?;
     {
         let mut progress = build.progress.lock();
         progress.bytes_total =
@@ -62,9 +60,32 @@ async fn load_in(build: &Build, plan: &Plan, work: &Path) -> Result<(), BuildErr
     build.registry.report.notify_one();
     let (objects, cursors) = (objects(&chosen), cursors(&chosen));
     let rewriting = rates::REWRITES.begin();
-    let rewritten = rewrite_chosen(build, shape, chosen, work).await?;
-    rewriting.end(rewritten.tables.iter().map(|table| table.bytes).sum());
-    ingest(build, plan, shape, objects, cursors, rewritten).await
+    let mut span = build.trace.begin("target rewrite");
+    let rewritten = rewrite_chosen(build, shape, chosen, work).await;
+    if let Ok(rewritten) = &rewritten {
+        span.count("vasto.keys_moved", rewritten.rows);
+        span.count("vasto.bytes_moved", rewritten.bytes());
+    }
+    span.end(&rewritten);
+    let rewritten = rewritten?;
+    rewriting.end(rewritten.bytes());
+    let mut span = build.trace.begin("target ingest");
+    span.count("vasto.objects", rewritten.tables.len() as u64);
+    let ingested = ingest(build, plan, shape, objects, cursors, rewritten).await;
+    span.end(&ingested);
+    ingested
+}
+
+/// Reads what the manifests of all sources name.
+async fn choose(build: &Build, plan: &Plan, shape: Shape) -> Result<Vec<Chosen>, BuildError> {
+    let mut chosen = Vec::new();
+    for source in &plan.sources {
+        chosen.push(match plan.exports() {
+            true => choose_exported(build, plan, source).await?,
+            false => choose_banded(build, shape, source).await?,
+        });
+    }
+    Ok(chosen)
 }
 
 fn download_dir(work: &Path, source: &Source) -> PathBuf {
@@ -182,7 +203,7 @@ async fn ingest(
     cursors: Vec<FeedProgress>,
     rewritten: Rewritten,
 ) -> Result<(), BuildError> {
-    let bytes_moved: u64 = rewritten.tables.iter().map(|table| table.bytes).sum();
+    let bytes_moved = rewritten.bytes();
     let order = Control::Ingest {
         plan: plan.id,
         range: shape.arriving,

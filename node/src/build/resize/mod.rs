@@ -35,6 +35,7 @@ use super::reader::BucketReader;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::ship::ShipHandle;
+use crate::target_trace::TargetTrace;
 
 /// The inputs of a build.
 pub(crate) struct Build {
@@ -52,6 +53,8 @@ pub(crate) struct Build {
     pub progress: Arc<Mutex<TargetProgress>>,
     /// Fires when the plan is over.
     pub cancel: CancellationToken,
+    /// The spans of the target.
+    pub trace: TargetTrace,
 }
 
 /// What one target takes in a resize.
@@ -84,6 +87,7 @@ impl Build {
             progress: &self.progress,
             registry: &self.registry,
             cancel: &self.cancel,
+            trace: &self.trace,
         }
     }
 
@@ -112,7 +116,14 @@ impl Build {
         let ships = self.ship.ships();
         if ships {
             self.unless_paused().await?;
-            self.ship.checkpoint(None).await?;
+            let mut span = self.trace.begin("target checkpoint");
+            let before = self.ship.uploaded();
+            let checkpoint = self.ship.checkpoint(None).await;
+            let after = self.ship.uploaded();
+            span.count("vasto.bytes_to_bucket", after.0 - before.0);
+            span.count("vasto.objects", after.1 - before.1);
+            span.end(&checkpoint);
+            checkpoint?;
         }
         {
             let mut progress = self.progress.lock();

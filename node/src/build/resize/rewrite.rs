@@ -80,6 +80,13 @@ pub(super) struct Rewritten {
     pub event_time_max: u64,
 }
 
+impl Rewritten {
+    /// Returns the bytes of all tables.
+    pub(super) fn bytes(&self) -> u64 {
+        self.tables.iter().map(|table| table.bytes).sum()
+    }
+}
+
 /// Rewrites the rows of the sources; blocks on the disk. Stands still while the plan is paused.
 pub(super) fn rewrite(
     build: &Rewriting,

@@ -23,6 +23,7 @@ use crate::build::sources::{self, Without};
 use crate::build::{Adoption, Bootstrap, Log};
 use crate::registry::NodeRegistry;
 use crate::replica::{OpenOptions, Replica};
+use crate::target_trace::TargetTrace;
 
 /// Returns a bucket over the store that gives up soon.
 pub(crate) fn impatient(store: &Arc<Faulty>) -> Bucket {
@@ -106,6 +107,7 @@ async fn restored<F: Future<Output = ()>>(
             progress: Arc::new(Mutex::new(TargetProgress::new(plan.id))),
             registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
             cancel: CancellationToken::new(),
+            trace: TargetTrace::silent(),
         };
         let running = Mutex::new(None::<Replica>);
         let attempt = async {

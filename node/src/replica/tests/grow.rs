@@ -36,6 +36,7 @@ use crate::engine::TableSet;
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Control, WriteOp};
+use crate::target_trace::TargetTrace;
 
 const SHARDS: u32 = 3;
 const HOUR: Duration = Duration::from_secs(3600);
@@ -217,6 +218,7 @@ impl Grow {
             tmp: tmp.path().to_owned(),
             progress: progress.clone(),
             cancel: cancel.clone(),
+            trace: TargetTrace::silent(),
         };
         let mut running = tokio::spawn(build.run(self.plan.clone()));
         let deadline = tokio::time::Instant::now() + DEADLINE;

@@ -30,6 +30,7 @@ use crate::registry::NodeRegistry;
 use crate::replica::command::{Control, Role};
 use crate::replica::{OpenOptions, Replica};
 use crate::ship::{Assignment, LogNeed};
+use crate::target_trace::TargetTrace;
 
 const HOUR: Duration = Duration::from_secs(3_600);
 const NEW: KeyspaceId = KeyspaceId(8);
@@ -60,6 +61,7 @@ pub(super) fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstra
         progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(1)))),
         registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
         cancel: CancellationToken::new(),
+        trace: TargetTrace::silent(),
     }
 }
 

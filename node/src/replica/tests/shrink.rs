@@ -16,6 +16,7 @@ use vasto_core::report::{TargetProgress, TargetStage};
 use vasto_core::stored_key::data_key;
 use vasto_shipping::export::ExportManifest;
 use vasto_shipping::{Bucket, layout};
+use vasto_trace::OperationTrace;
 
 use super::restore::{bootstrap_into, restore_from};
 use super::shipping::{Shipping, bucket};
@@ -31,6 +32,7 @@ use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Control, ReplicaError};
 use crate::ship::Pace;
+use crate::target_trace::TargetTrace;
 
 const BEFORE: u32 = 3;
 const AFTER: u32 = 2;
@@ -109,6 +111,7 @@ impl Shrink {
             pace: Arc::new(Pace::new(0)),
             tmp: rig.path.join("tmp"),
             cancel: CancellationToken::new(),
+            trace: OperationTrace::silent(),
         };
         let key = export.run(&plan, pinned.lsn, &|_| ()).await.unwrap();
         let left = std::fs::read_dir(rig.path.join("tmp")).unwrap().count();
@@ -141,6 +144,7 @@ impl Shrink {
             tmp: rig.path.join("tmp"),
             progress: progress.clone(),
             cancel: cancel.clone(),
+            trace: TargetTrace::silent(),
         };
         let mut running = tokio::spawn(build.run(self.plan.clone()));
         let ended = loop {

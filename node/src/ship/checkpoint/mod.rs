@@ -27,7 +27,7 @@ use super::chunks::{Chunks, UnderWay};
 use super::context::ShipContext;
 use super::error::ShipError;
 use super::existing::take_existing;
-use super::handle::Waiter;
+use super::handle::{Uploads, Waiter};
 use crate::binlog::BinlogError;
 
 mod make;
@@ -92,6 +92,8 @@ pub(super) struct Checkpoints {
     pub(super) backoff: Backoff,
     /// Files uploaded by attempts that did not reach their manifest.
     uploaded: Arc<Uploaded>,
+    /// Counts what is uploaded.
+    uploads: Arc<Uploads>,
     /// The next checkpoint trusts nothing in the bucket.
     anew: bool,
     /// Why the last checkpoint failed.
@@ -99,7 +101,7 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
-    pub(super) fn new(context: Arc<ShipContext>) -> Self {
+    pub(super) fn new(context: Arc<ShipContext>, uploads: Arc<Uploads>) -> Self {
         Self {
             context,
             making: None,
@@ -108,6 +110,7 @@ impl Checkpoints {
             published: None,
             backoff: Backoff::new(),
             uploaded: Arc::default(),
+            uploads,
             anew: false,
             trouble: None,
         }
@@ -292,6 +295,7 @@ impl Checkpoints {
             context: self.context.clone(),
             last: self.last.as_ref().map(|last| last.files.clone()).unwrap_or_default(),
             uploaded: self.uploaded.clone(),
+            uploads: self.uploads.clone(),
         };
         let task = tokio::spawn(async move {
             let files = async {

@@ -20,6 +20,7 @@ use vasto_shipping::manifest::{DatabaseFile, ManifestFile};
 
 use super::super::context::ShipContext;
 use super::super::error::ShipError;
+use super::super::handle::Uploads;
 use crate::clock::since_boot;
 use crate::rates;
 
@@ -65,6 +66,8 @@ pub(super) struct Upload {
     /// Files that are in the bucket already.
     pub(super) last: Vec<ManifestFile>,
     pub(super) uploaded: Arc<Uploaded>,
+    /// Counts what is uploaded.
+    pub(super) uploads: Arc<Uploads>,
 }
 
 impl Upload {
@@ -101,6 +104,7 @@ impl Upload {
                         let work = rates::UPLOADS.begin();
                         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
                         work.end(uploaded.bytes);
+                        self.uploads.add(uploaded.bytes);
                         self.uploaded.add(&file, key.clone(), uploaded.crc32c);
                         (key, uploaded.crc32c)
                     }
@@ -124,6 +128,7 @@ impl Upload {
         let bytes = tokio::fs::metadata(&path).await.map_or(0, |metadata| metadata.len());
         let _turn = self.context.pace.turn(bytes).await;
         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
+        self.uploads.add(uploaded.bytes);
         Ok(DatabaseFile { key, name, bytes: uploaded.bytes, crc32c: uploaded.crc32c })
     }
 }
