@@ -10,6 +10,7 @@ mod counting;
 mod data;
 mod engine;
 mod flusher;
+mod foreground;
 mod host;
 mod lease;
 mod manager;
@@ -27,6 +28,7 @@ mod shortage;
 mod stall;
 mod throttle;
 mod undecided;
+mod yielding;
 
 pub use engine::EngineBudget;
 pub use node::{Node, NodeConfig, NodeError, RunningNode};

@@ -23,6 +23,8 @@ pub(crate) struct PlanWatch {
     speed: Speed,
     /// Why the plan does not go on.
     pub(crate) trouble: Option<Trouble>,
+    /// Its nodes on which it waits for requests.
+    pub(crate) yields_on: Vec<NodeId>,
 }
 
 /// The bytes of the present step.
@@ -101,7 +103,14 @@ fn marks(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Vec<u64> {
 
 impl PlanWatch {
     fn new(plan: PlanId, now_us: u64) -> Self {
-        Self { plan, marks: Vec::new(), moved_us: now_us, speed: Speed::default(), trouble: None }
+        Self {
+            plan,
+            marks: Vec::new(),
+            moved_us: now_us,
+            speed: Speed::default(),
+            trouble: None,
+            yields_on: Vec::new(),
+        }
     }
 
     /// Takes one observation; returns how long nothing has moved, microseconds.
@@ -144,8 +153,11 @@ impl ClusterState {
         let bytes = StepBytes::of(plan, &keyspace.reports);
         let marks = marks(&catalog, plan, &keyspace.reports);
         let still_us = watch.note(plan, marks, bytes, mono_us);
-        let found = self.keyspaces.get(&id).and_then(|keyspace| {
-            trouble(&Facts {
+        let yields =
+            |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.is_live() && node.yields);
+        let (mut found, mut yields_on) = (None, Vec::new());
+        if let Some(keyspace) = self.keyspaces.get(&id) {
+            let facts = Facts {
                 catalog: &catalog,
                 plan,
                 reports: &keyspace.reports,
@@ -153,11 +165,14 @@ impl ClusterState {
                 still_us,
                 away_us: &|node| self.away_us(node, mono_us),
                 bucket_trouble: &|node| self.bucket_trouble(node),
+                yields: &yields,
                 outage,
-            })
-        });
+            };
+            found = trouble(&facts);
+            yields_on.extend(facts.nodes().into_iter().filter(|node| yields(*node)));
+        }
         log_change(&operation_id(id, plan.id), watch.trouble.as_ref(), found.as_ref());
-        watch.trouble = found;
+        (watch.trouble, watch.yields_on) = (found, yields_on);
         if let Some(keyspace) = self.keyspaces.get_mut(&id) {
             keyspace.watch = Some(watch);
         }

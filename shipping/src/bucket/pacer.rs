@@ -1,7 +1,8 @@
 //! What holds back the bulk bytes of one handle of the bucket: a pause, or a bound of the rate.
 //!
 //! Downloads wait by themselves, piece by piece. Whoever uploads a file asks before, with
-//! `Bucket::pass`, so that nobody waits here while he holds what others need.
+//! `Bucket::pass`, so that nobody waits here while he holds what others need. Work on rows that
+//! come from the bucket or go to it asks with `Bucket::work`.
 //!
 //! **Invariant:** requests for small objects (catalog, manifests, chunks of the log) never wait.
 
@@ -18,6 +19,16 @@ pub trait Pacer: Send + Sync {
 
     /// Returns true while nothing passes.
     fn is_paused(&self) -> bool;
+
+    /// Takes so many bytes of work on rows; false when they have to wait.
+    fn try_work(&self, _bytes: u64) -> bool {
+        !self.is_paused()
+    }
+
+    /// Waits until so many bytes of work on rows may be done.
+    async fn work(&self, _bytes: u64) {
+        self.pass(0).await;
+    }
 }
 
 /// The pacer of a handle; without one everything passes at once.
@@ -43,6 +54,16 @@ impl Paced {
         match &self.0 {
             Some(pacer) => pacer.pass(bytes).await,
             None => false,
+        }
+    }
+
+    pub(super) fn try_work(&self, bytes: u64) -> bool {
+        self.0.as_ref().is_none_or(|pacer| pacer.try_work(bytes))
+    }
+
+    pub(super) async fn work(&self, bytes: u64) {
+        if let Some(pacer) = &self.0 {
+            pacer.work(bytes).await;
         }
     }
 }
