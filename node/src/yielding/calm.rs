@@ -16,7 +16,7 @@ const ENOUGH: u64 = 100;
 /// Requests from which on one is judged that has lasted for [`WINDOW_MAX`].
 const FEW: u64 = 20;
 /// Longest window.
-const WINDOW_MAX: Duration = Duration::from_secs(2);
+pub(super) const WINDOW_MAX: Duration = Duration::from_secs(2);
 /// Requests above the limit without which nothing is slow: one or two are an accident.
 const SLOW_MIN: u64 = 3;
 /// Time without enough requests after which nobody is there.

@@ -13,7 +13,7 @@
 
 use std::time::Duration;
 
-use super::calm::{Use, Verdict, Watched};
+use super::calm::{Use, Verdict, WINDOW_MAX, Watched};
 use crate::bulk::{Activity, Bound};
 use crate::foreground::{CLASSES, Counts};
 
@@ -171,7 +171,7 @@ impl Control {
             self.learned_at = learned_at;
             return;
         }
-        let classes = || self.classes.iter().filter(|class| class.is_present(now));
+        let classes = || self.classes.iter().filter(move |class| class.is_present(now));
         let slow_for = classes().map(Watched::slow).max().unwrap_or(0);
         let is_unknown = classes().any(|class| class.calm().is_none());
         let worst = verdicts.iter().filter_map(|verdict| match verdict {
@@ -204,7 +204,8 @@ impl Control {
     }
 
     fn grow(&mut self, held_back: bool, now: Duration) {
-        let ticks = now.saturating_sub(self.changed_at).as_secs_f64() / TICK.as_secs_f64();
+        let judged = now.saturating_sub(self.changed_at).min(WINDOW_MAX);
+        let ticks = judged.as_secs_f64() / TICK.as_secs_f64();
         let fine_for = now.saturating_sub(self.fell_at).as_secs_f64();
         let doubled = (fine_for / STEP_DOUBLES.as_secs_f64()) as i32;
         let step = STEP * 2f64.powi(doubled.min(STEP_DOUBLES_MAX));
