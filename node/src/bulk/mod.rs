@@ -289,6 +289,10 @@ impl Pacer for PlanGate {
         self.pace.borrow().paused
     }
 
+    fn rate(&self) -> Option<u64> {
+        self.shared.transfers.lock().rate_left()
+    }
+
     fn try_work(&self, bytes: u64) -> bool {
         !self.is_paused() && take_from(&self.shared.work, bytes).is_zero()
     }
@@ -319,6 +323,10 @@ impl Pacer for Uploads {
             tokio::time::sleep(wait.min(LOOK_AGAIN)).await;
         }
         false
+    }
+
+    fn rate(&self) -> Option<u64> {
+        self.gate.shared.transfers.lock().rate_left()
     }
 
     fn is_paused(&self) -> bool {

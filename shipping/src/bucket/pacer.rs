@@ -8,8 +8,12 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
+
+/// Longest wait between two steps of a piece.
+const SPREAD_MAX: Duration = Duration::from_secs(1);
 
 /// Holds back bulk bytes.
 #[async_trait]
@@ -19,6 +23,12 @@ pub trait Pacer: Send + Sync {
 
     /// Returns true while nothing passes.
     fn is_paused(&self) -> bool;
+
+    /// Returns the bytes a second at which a piece that has passed is best spread, where that costs
+    /// nobody anything; `None`: as fast as it goes.
+    fn rate(&self) -> Option<u64> {
+        None
+    }
 
     /// Takes so many bytes of work on rows; false when they have to wait.
     fn try_work(&self, _bytes: u64) -> bool {
@@ -57,6 +67,14 @@ impl Paced {
         }
     }
 
+    /// Waits for the time that so many bytes of a piece take when it is spread.
+    pub(super) async fn spread(&self, bytes: u64) {
+        if let Some(rate) = self.0.as_ref().and_then(|pacer| pacer.rate()) {
+            let time = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+            tokio::time::sleep(time.min(SPREAD_MAX)).await;
+        }
+    }
+
     pub(super) fn try_work(&self, bytes: u64) -> bool {
         self.0.as_ref().is_none_or(|pacer| pacer.try_work(bytes))
     }
@@ -72,7 +90,6 @@ impl Paced {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::sync::atomic::Ordering;
-    use std::time::Duration;
 
     use object_store::memory::InMemory;
     use tokio::sync::watch;
