@@ -2,7 +2,7 @@
 //!
 //! **Invariant:** pure, and for people alone: no rule depends on it. A paused plan is in no
 //! trouble. Whatever holds a plan up is named within [`TOLD_WITHIN_US`], unless a part of it is at
-//! work that reports nothing; then within [`SILENT_MAX_US`].
+//! work that reports nothing; then within [`SILENT_MAX_US`], or [`SILENT_YIELDING_MAX_US`].
 
 use std::collections::BTreeSet;
 
@@ -18,6 +18,8 @@ pub(crate) const TOLD_WITHIN_US: u64 = 8_000_000;
 /// The same while a checkpoint is made, or files are taken into a database: neither reports how far
 /// it is.
 pub(crate) const SILENT_MAX_US: u64 = 60_000_000;
+/// The same while that work yields to requests.
+pub(crate) const SILENT_YIELDING_MAX_US: u64 = 3_600_000_000;
 /// Time without movement after which a known cause is named, microseconds: a restart, or one failed
 /// request, takes less.
 const CAUSE_TOLD_US: u64 = 2_000_000;
@@ -100,11 +102,15 @@ impl Facts<'_> {
 
     /// Returns the time without movement that is in order, microseconds.
     fn patience_us(&self) -> u64 {
-        let silent = if self.works_in_silence() { SILENT_MAX_US } else { TOLD_WITHIN_US };
-        let piece = if self.plan.step == Step::Prepare { PIECES.0 } else { PIECES.1 };
-        let bound = self.plan.rate_of_each_node().unwrap_or(u64::MAX).max(1);
         // Work that yields is at work.
         let yields = self.nodes().into_iter().any(|node| (self.yields)(node));
+        let silent = match (self.works_in_silence(), yields) {
+            (true, true) => SILENT_YIELDING_MAX_US,
+            (true, false) => SILENT_MAX_US,
+            (false, _) => TOLD_WITHIN_US,
+        };
+        let piece = if self.plan.step == Step::Prepare { PIECES.0 } else { PIECES.1 };
+        let bound = self.plan.rate_of_each_node().unwrap_or(u64::MAX).max(1);
         let rate = if yields { bound.min(BULK_YIELD_RATE_MIN) } else { bound };
         let waits = piece.saturating_mul(1_000_000) / rate;
         let uploads = self.uploads().saturating_mul(1_000_000) / rate.min(UPLOAD_RATE_MIN);
@@ -323,5 +329,7 @@ mod tests {
         let is_told = |still_us| found(&tail, &downloads, still_us, &yields).is_some();
         assert!(!is_told(TOLD_WITHIN_US), "what yields is not stuck");
         assert!(is_told(TOLD_WITHIN_US + 8_000_000));
+        let rewriting = found(&tail, &rewrites, SILENT_YIELDING_MAX_US - 1, &yields);
+        assert_eq!(rewriting, None);
     }
 }

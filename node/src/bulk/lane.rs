@@ -17,12 +17,14 @@ use super::debt::{Debt, LOOK_AGAIN};
 const FULL_GUESS: f64 = (64 << 20) as f64;
 /// Time over which a rate is averaged, seconds.
 const AVERAGED_S: f64 = 4.0;
-/// Time from which on a rate is believed, seconds.
+/// Time from which on a rate is believed, seconds: one piece alone says nothing.
 const BELIEVED_S: f64 = 1.0;
 /// Part of a new measurement in the full speed.
 const NEW_PART: f64 = 0.2;
 /// Growth of a full speed that has turned out too low: all of it is used, and more would be.
 const GROWTH: f64 = 1.125;
+/// Longest time between two steps of a piece that is spread.
+const STEP_MAX: Duration = Duration::from_millis(1_500);
 /// Time without any bytes after which a rate begins anew.
 const OVER: Duration = Duration::from_secs(2);
 
@@ -40,7 +42,7 @@ pub(crate) enum Bound {
 /// What a lane has done since it was asked last.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Activity {
-    /// Bytes have passed, or waited.
+    /// Bytes have passed, have waited, or are on their way a step at a time.
     pub moved: bool,
     /// Bytes have waited because of the bound.
     pub held_back: bool,
@@ -63,6 +65,8 @@ pub(crate) struct Lane {
     waited: bool,
     /// Until when those who wait look again.
     waits_until: Option<Instant>,
+    /// Until when pieces that have passed are at least spread.
+    spreads_until: Option<Instant>,
     /// The last look, and the last one that saw any bytes.
     looked: Instant,
     seen: Option<Instant>,
@@ -81,6 +85,7 @@ impl Lane {
             passed: 0,
             waited: false,
             waits_until: None,
+            spreads_until: None,
             looked: now,
             seen: None,
             rate: 0.0,
@@ -109,14 +114,23 @@ impl Lane {
         self.passed += bytes;
     }
 
+    /// Returns the bytes a second at which a piece that has passed is spread; `None`: as fast as it
+    /// goes. Asked again after each step.
+    pub(super) fn spread(&mut self, now: Instant) -> Option<u64> {
+        let rate = self.rate_left()?;
+        self.spreads_until = Some(now + STEP_MAX);
+        Some(rate)
+    }
+
     /// Returns what has happened since the last look, and learns from it.
     pub(crate) fn look(&mut self, now: Instant) -> Activity {
         let passed = std::mem::take(&mut self.passed);
-        let waits = self.waits_until.is_some_and(|until| now < until);
-        let waited = std::mem::take(&mut self.waited) || waits;
+        let lasts = |until: Option<Instant>| until.is_some_and(|until| now < until);
+        let waited = std::mem::take(&mut self.waited) || lasts(self.waits_until);
+        let spreads = lasts(self.spreads_until);
         let elapsed = now.saturating_duration_since(self.looked).as_secs_f64();
         self.looked = self.looked.max(now);
-        let activity = Activity { moved: passed > 0 || waited, held_back: waited };
+        let activity = Activity { moved: passed > 0 || waited || spreads, held_back: waited };
         if activity.moved {
             self.seen = Some(now);
         }
@@ -132,7 +146,7 @@ impl Lane {
             if matches!(self.bound, Bound::Share(share) if share >= 1.0) {
                 self.full *= GROWTH;
             }
-        } else if self.rate_s >= BELIEVED_S {
+        } else if passed > 0 && self.rate_s >= BELIEVED_S {
             self.full += (self.rate - self.full) * NEW_PART;
         }
         self.full = self.full.max(BULK_YIELD_RATE_MIN as f64);
@@ -214,6 +228,18 @@ mod tests {
         // Somebody else holds the work back.
         run(&mut lane, &mut now, 160, 2);
         assert!((lane.full / MIB as f64 - 8.0).abs() < 1.0, "{}", lane.full);
+    }
+
+    #[test]
+    fn a_piece_on_its_way_is_bulk_work_until_it_is_over() {
+        let now = Instant::now();
+        let mut lane = Lane::new(now);
+        assert_eq!(lane.spread(now), None);
+        lane.set_bound(Bound::Share(0.5), now);
+        assert_eq!(lane.spread(now), Some(32 * MIB));
+        let activity = lane.look(now + TICK);
+        assert!(activity.moved && !activity.held_back);
+        assert_eq!(lane.look(now + STEP_MAX), Activity::default());
     }
 
     #[test]

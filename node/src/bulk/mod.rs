@@ -53,7 +53,7 @@ struct Shared {
     transfers: Mutex<Lane>,
     /// Reading and writing of rows on the disk.
     work: Mutex<Lane>,
-    /// Bulk work waits for the foreground now.
+    /// There is bulk work, and it yields to the foreground now.
     held_back: AtomicBool,
 }
 
@@ -161,9 +161,11 @@ impl BulkGate {
 
     /// Returns what bulk work has done since the last call.
     pub(crate) fn look(&self, now: Instant) -> Activity {
-        let activity = self.shared.transfers.lock().look(now);
-        let activity = activity.and(self.shared.work.lock().look(now));
-        self.shared.held_back.store(activity.held_back, Ordering::Relaxed);
+        let Shared { transfers, work, held_back, .. } = &*self.shared;
+        let activity = transfers.lock().look(now);
+        let activity = activity.and(work.lock().look(now));
+        let is_bound = transfers.lock().rate_left().is_some();
+        held_back.store(activity.moved && is_bound, Ordering::Relaxed);
         activity
     }
 
@@ -173,8 +175,8 @@ impl BulkGate {
         self.shared.work.lock().set_bound(bound, now);
     }
 
-    /// Returns the bytes a second that files to and from the bucket may have, when bulk work waits
-    /// for the foreground.
+    /// Returns the bytes a second that files to and from the bucket may have, while bulk work yields
+    /// to the foreground.
     pub(crate) fn held_back_to(&self) -> Option<u64> {
         let held_back = self.shared.held_back.load(Ordering::Relaxed);
         held_back.then(|| self.shared.transfers.lock().rate_left()).flatten()
@@ -290,7 +292,7 @@ impl Pacer for PlanGate {
     }
 
     fn rate(&self) -> Option<u64> {
-        self.shared.transfers.lock().rate_left()
+        self.shared.transfers.lock().spread(Instant::now())
     }
 
     fn try_work(&self, bytes: u64) -> bool {
@@ -326,7 +328,7 @@ impl Pacer for Uploads {
     }
 
     fn rate(&self) -> Option<u64> {
-        self.gate.shared.transfers.lock().rate_left()
+        self.gate.shared.transfers.lock().spread(Instant::now())
     }
 
     fn is_paused(&self) -> bool {
@@ -441,7 +443,9 @@ mod tests {
             assert!(!plan.pass(0).await && !serving.pass(0).await);
             let activity = gate.look(Instant::now());
             assert!(activity.moved && activity.held_back && gate.held_back_to().is_some());
+            assert!(plan.rate().is_some() && serving.rate().is_some());
             gate.set_bound(Bound::Free, Instant::now());
+            assert!(plan.rate().is_none() && serving.rate().is_none());
             tokio::join!(download, checkpoint, rewriting);
         }
         assert!(plan.try_work(1));
