@@ -175,6 +175,7 @@ fn node_config(config: &Config, dir: &Path) -> NodeConfig {
         log_cap: node.max_log.as_u64(),
         ship_rate: node.ship_rate.as_u64(),
         bulk_rate: node.bulk_rate.as_u64(),
+        background_latency_factor: node.background_latency_factor,
         clock_shift_ms: node.clock_shift_ms,
         bucket_options: bucket_options(config),
     }
@@ -377,10 +378,12 @@ mod tests {
         let flags = Overrides::new()
             .set("node.cache", "--set", Some("1GiB"))
             .set("node.rate_limit", "--set", Some("5MiB"))
+            .set("node.background_latency_factor", "--set", Some("3.5"))
             .set("bucket.secret_access_key", "--set", Some("hidden"));
         let config = config::load(None, flags).unwrap().config;
         let node = node_config(&config, Path::new("/d"));
         assert_eq!((node.budget.cache_bytes, node.budget.rate_limit), (1 << 30, 5 << 20));
+        assert_eq!(node.background_latency_factor, 3.5);
         assert_eq!((node.dir.as_path(), node.zone.as_str()), (Path::new("/d"), ZONE));
         assert_eq!(node.bucket_options.secret_access_key.as_deref(), Some("hidden"));
     }

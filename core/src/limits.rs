@@ -164,6 +164,9 @@ pub const QUARANTINE: Duration = Duration::from_secs(24 * 3600);
 pub const NODE_SILENCE: Duration = Duration::from_secs(10);
 /// Least bound of the bulk bytes of an operation, bytes a second.
 pub const BULK_RATE_MIN: u64 = 1 << 10;
+/// Bytes a second that requests always leave to each lane of bulk work of a node: a change ends,
+/// however slow they are.
+pub const BULK_YIELD_RATE_MIN: u64 = 1 << 20;
 /// Interval of a node's reports to the master when nothing changes.
 pub const REPORT_INTERVAL: Duration = Duration::from_millis(500);
 /// HTTP/2 keepalive interval: finds half-open connections in seconds instead of 15 minutes.

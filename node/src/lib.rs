@@ -10,6 +10,7 @@ mod counting;
 mod data;
 mod engine;
 mod flusher;
+mod foreground;
 mod host;
 mod lease;
 mod manager;
@@ -29,6 +30,7 @@ mod stall;
 mod target_trace;
 mod throttle;
 mod undecided;
+mod yielding;
 
 pub use engine::EngineBudget;
 pub use node::{Node, NodeConfig, NodeError, RunningNode};

@@ -25,6 +25,7 @@ use vasto_shipping::{RetryBudget, layout};
 use crate::clock::{SharedClock, SystemClock};
 use crate::data::DataService;
 use crate::engine::{EngineBudget, EngineShared};
+use crate::foreground::FOREGROUND;
 use crate::host::HostContext;
 use crate::lease::Leases;
 use crate::manager::Manager;
@@ -35,6 +36,7 @@ use crate::session::{
     Joined, NODES_FILE, Session, SessionConfig, SessionContext, SessionError, join, keep,
 };
 use crate::ship::Pace;
+use crate::yielding::{self, Yielding};
 use crate::{caretaker, counting, flusher, open_files, stall, undecided};
 
 /// Configuration of a node.
@@ -65,6 +67,9 @@ pub struct NodeConfig {
     /// Upper bound of the bytes that all plans together read from the bucket and write to it on
     /// this node, bytes a second; 0 sets no limit.
     pub bulk_rate: u64,
+    /// Times its calm, how long a request may take before bulk work yields; 0: bulk work takes all
+    /// there is.
+    pub background_latency_factor: f64,
     /// Offset added to the machine's clock, milliseconds: to test wrong clocks.
     pub clock_shift_ms: i64,
     /// Credentials and endpoint of the bucket.
@@ -180,6 +185,9 @@ impl Node {
         registry.set_cluster(&joined.cluster_id);
         registry.bulk.set_budget(config.bulk_rate);
         registry.bulk.observe(&labels);
+        let factor = config.background_latency_factor;
+        let yielding = Yielding::new(registry.bulk.clone(), &FOREGROUND, factor);
+        yielding.iter().for_each(|yielding| yielding.observe(&labels));
         let leases_end = CancellationToken::new();
         let ended = leases_end.clone();
         let leases =
@@ -214,6 +222,7 @@ impl Node {
             shutdown: shutdown.clone(),
             leases,
             leases_end,
+            yielding,
         }));
         // A node that reports ready has its replicas open, unless that takes very long.
         let opened = tokio::time::timeout(OPEN_PATIENCE, opening.opened());
@@ -348,11 +357,13 @@ struct Running {
     shutdown: CancellationToken,
     leases: Leases,
     leases_end: CancellationToken,
+    yielding: Option<Yielding>,
 }
 
 async fn serve(running: Running) -> Result<(), NodeError> {
     let Running { registry, engines, manager, bucket, dir, session_config, first, .. } = running;
     let Running { listener, connections, data_dir, shutdown, leases, leases_end, .. } = running;
+    let Running { yielding, .. } = running;
     let stop_serving = CancellationToken::new();
     let data = DataServer::new(DataService::new(registry.clone()))
         .max_decoding_message_size(MESSAGE_BYTES_MAX)
@@ -384,6 +395,8 @@ async fn serve(running: Running) -> Result<(), NodeError> {
         caretaker::run(registry.clone(), manager.clone(), data_dir.clone(), stop_serving.clone());
     let caretaker = tokio::spawn(caretaker);
     let counting = tokio::spawn(counting::run(registry.clone(), stop_serving.clone()));
+    let yielding = yielding::run(yielding, registry.clone(), stop_serving.clone());
+    let yielding = tokio::spawn(yielding);
     let undecided =
         undecided::run(registry.clone(), manager.clone(), bucket.clone(), stop_serving.clone());
     let undecided = tokio::spawn(undecided);
@@ -423,6 +436,7 @@ async fn serve(running: Running) -> Result<(), NodeError> {
     let _ = server.await;
     let _ = flusher.await;
     let _ = counting.await;
+    let _ = yielding.await;
     let _ = caretaker.await;
     let _ = undecided.await;
     manager.stop().await;

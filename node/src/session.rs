@@ -374,6 +374,7 @@ async fn report(context: &SessionContext, to_master: mpsc::Sender<v1::NodeMessag
                 export: rates::EXPORTS.rate(),
                 upload: rates::UPLOADS.rate(),
             }),
+            held_back_to: context.registry.bulk.held_back_to().unwrap_or_default(),
         };
         if to_master
             .send(v1::NodeMessage { message: Some(ToMaster::Report(report)) })

@@ -94,6 +94,10 @@ fn details(operation: &Operation) -> String {
         rows.push(("rate", a_second(rate) + &left));
     }
     rows.extend(operation.max_rate.map(|rate| ("at most", a_second(rate))));
+    if !operation.yields_on.is_empty() {
+        let nodes = operation.yields_on.join(", ");
+        rows.push(("yields", format!("to the requests on {nodes}")));
+    }
     for source in &operation.sources {
         let does = match (source.prepared, source.bytes_total) {
             (true, _) => "prepared".to_owned(),
@@ -284,6 +288,7 @@ mod tests {
         let paused = operation(
             json!({"id": "op-1-2", "kind": "grow", "keyspace": "users", "from": 3, "to": 4, "state": "paused",
             "step": "tail", "rate": 1_048_576, "seconds_left": 90, "max_rate": 2_097_152, "retries": 2,
+            "yields_on": ["n-2", "n-3"],
             "sources": [{"shard": 0, "node_id": "n-1", "prepared": true}],
             "targets": [{"shard": 3, "node_id": "n-2", "stage": "downloading", "bytes_done": 1_024,
                 "bytes_total": 2_048, "retries": 2, "last_error": "timed out"}],
@@ -294,6 +299,7 @@ mod tests {
             "op-1-2 grow users from 3 to 4: paused in tail\n\
              \x20 rate           1.0 MiB/s, 1 min 30 s left\n\
              \x20 at most        2.0 MiB/s\n\
+             \x20 yields         to the requests on n-2, n-3\n\
              \x20 source         shard 0 on n-1: prepared\n\
              \x20 target         shard 3 on n-2: downloading, 1.0 KiB of 2.0 KiB read, tried again 2 times: timed out\n\
              \x20 retries        2\n\

@@ -17,6 +17,7 @@ pub(super) enum Kind {
     Size,
     Shift,
     Price,
+    Factor,
     Duration,
     Period,
     Address,
@@ -67,6 +68,7 @@ pub(super) const FIELDS: &[Field] = &[
     field("node.ship_interval", Kind::Duration),
     field("node.ship_rate", Kind::Size),
     field("node.bulk_rate", Kind::Size),
+    field("node.background_latency_factor", Kind::Factor),
     field("node.read_threads", Kind::Count),
     field("node.max_replicas", Kind::Count),
     field("node.max_log", Kind::Size),
@@ -92,6 +94,7 @@ impl Kind {
             Kind::Count => "a whole number from 1 to 4294967295",
             Kind::Shift => "a whole number of milliseconds, negative for a slow clock",
             Kind::Price => "a number from 0 such as 0.005",
+            Kind::Factor => "a number from 1 such as 2.0, or 0",
             Kind::Size => "a size such as \"256MiB\", or a number of bytes",
             Kind::Duration => "a duration above zero such as \"10s\" or \"1h 30m\"",
             Kind::Period => "a duration such as \"10s\" or \"1h 30m\", or \"0s\"",
@@ -111,9 +114,9 @@ impl Kind {
                 other => Value::from(other),
             },
             Kind::Shift => text.parse::<i64>().map_or_else(|_| Value::from(text), Value::from),
-            Kind::Price => {
-                let price = text.parse::<f64>().ok().filter(|price| price.is_finite());
-                price.map_or_else(|| Value::from(text), Value::from)
+            Kind::Price | Kind::Factor => {
+                let number = text.parse::<f64>().ok().filter(|number| number.is_finite());
+                number.map_or_else(|| Value::from(text), Value::from)
             }
             Kind::Count => text.parse::<u64>().map_or_else(|_| Value::from(text), Value::from),
             _ => Value::from(text),
@@ -193,6 +196,7 @@ mod tests {
         assert_eq!(Kind::Count.value_of("7"), Value::from(7u64));
         assert_eq!(Kind::Price.value_of("0.005"), Value::from(0.005));
         assert_eq!(Kind::Price.value_of("NaN"), Value::from("NaN"));
+        assert_eq!(Kind::Factor.value_of("2.5"), Value::from(2.5));
         assert_eq!(Kind::Text.value_of("7"), Value::from("7"));
         assert_eq!(Kind::Count.value_of("seven"), Value::from("seven"));
     }

@@ -151,6 +151,10 @@ pub(crate) struct NodeSection {
     /// together; 0 sets no limit.
     #[serde(with = "values::size")]
     pub bulk_rate: ByteSize,
+    /// How many times as long as without bulk work 99 of 100 requests may take before that yields:
+    /// structural changes and uploads of checkpoints; 0 lets them take all there is.
+    #[serde(with = "values::factor")]
+    pub background_latency_factor: f64,
     /// Threads for reads that wait for the disk.
     #[serde(with = "values::count")]
     pub read_threads: usize,
@@ -180,6 +184,7 @@ impl Default for NodeSection {
             ship_interval: Duration::from_secs(10),
             ship_rate: ByteSize::b(0),
             bulk_rate: ByteSize::b(0),
+            background_latency_factor: 2.0,
             read_threads: 4,
             max_replicas: vasto_core::limits::NODE_REPLICAS_MAX,
             max_log: ByteSize::b(vasto_core::limits::BINLOG_BYTES_MAX),

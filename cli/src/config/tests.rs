@@ -157,6 +157,11 @@ fn bad_values_name_the_field_the_place_and_what_is_expected() {
         ("node", "read_threads = -1", ["node.read_threads", "-1", "from 1"]),
         ("node", "listen = \"localhost:1\"", ["node.listen", "\"localhost:1\"", "IP address"]),
         ("node", "zone = 1", ["node.zone", "1", "text in quotes"]),
+        (
+            "node",
+            "background_latency_factor = 0.5",
+            ["node.background_latency_factor", "0.5", "from 1 such as 2.0, or 0"],
+        ),
         ("log", "format = \"xml\"", ["log.format", "\"xml\"", "human"]),
         ("prices", "put_per_1000 = -0.005", ["prices.put_per_1000", "-0.005", "number from 0"]),
         ("prices", "gib_month = \"free\"", ["prices.gib_month", "\"free\"", "number from 0"]),

@@ -197,6 +197,22 @@ pub(super) mod price {
     }
 }
 
+/// Factors: numbers from 1, or 0 for none.
+pub(super) mod factor {
+    use super::*;
+
+    pub(in crate::config) use super::price::serialize;
+
+    pub(in crate::config) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<f64, D::Error> {
+        match f64::deserialize(deserializer)? {
+            factor if factor.is_finite() && (factor == 0.0 || factor >= 1.0) => Ok(factor),
+            _ => Err(D::Error::custom("it is neither 0 nor a number from 1")),
+        }
+    }
+}
+
 /// Words that a type parses and formats.
 pub(super) mod word {
     use super::*;

@@ -78,6 +78,9 @@ pub struct Operation {
     pub last_error: Option<String>,
     /// Why it does not go on, and what to do.
     pub trouble: Option<OperationTrouble>,
+    /// Nodes on which it is held back because requests would take longer than they should.
+    #[serde(default)]
+    pub yields_on: Vec<String>,
     /// The replicas that give, while it runs.
     #[serde(default)]
     pub sources: Vec<OperationSource>,

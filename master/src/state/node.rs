@@ -24,6 +24,8 @@ pub(crate) struct Node {
     pub(crate) rates: v1::Rates,
     /// The fault that keeps the node from shipping; empty when there is none.
     pub(crate) bucket_trouble: String,
+    /// Its bulk work waits for its requests.
+    pub(crate) yields: bool,
     /// The cluster that the node says it belongs to; empty when there is none yet.
     pub(crate) cluster_id: String,
     /// When the last message of the node arrived.
@@ -67,6 +69,7 @@ impl Node {
             bucket: v1::BucketRequests::default(),
             rates: v1::Rates::default(),
             bucket_trouble: String::new(),
+            yields: false,
             cluster_id: String::new(),
             heard_us: now_us,
             session: None,

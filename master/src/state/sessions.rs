@@ -159,6 +159,7 @@ impl ClusterState {
         node.disk_used = report.disk_used;
         node.disk_free = report.disk_free;
         node.bucket_trouble = report.bucket_trouble.clone();
+        node.yields = report.held_back_to > 0;
         if let Some(bucket) = &report.bucket {
             node.bucket = *bucket;
         }

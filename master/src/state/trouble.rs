@@ -2,12 +2,13 @@
 //!
 //! **Invariant:** pure, and for people alone: no rule depends on it. A paused plan is in no
 //! trouble. Whatever holds a plan up is named within [`TOLD_WITHIN_US`], unless a part of it is at
-//! work that reports nothing; then within [`SILENT_MAX_US`].
+//! work that reports nothing; then within [`SILENT_MAX_US`], or [`SILENT_YIELDING_MAX_US`].
 
 use std::collections::BTreeSet;
 
 use vasto_core::catalog::Catalog;
 use vasto_core::ids::{NodeId, ReplicaId, ShardId};
+use vasto_core::limits::BULK_YIELD_RATE_MIN;
 use vasto_core::operation::operation_id;
 use vasto_core::plan::{NODE_AWAY_MAX_US, Plan, Step};
 use vasto_core::report::{Reports, SourceProgress, TargetProgress, TargetStage};
@@ -17,6 +18,8 @@ pub(crate) const TOLD_WITHIN_US: u64 = 8_000_000;
 /// The same while a checkpoint is made, or files are taken into a database: neither reports how far
 /// it is.
 pub(crate) const SILENT_MAX_US: u64 = 60_000_000;
+/// The same while that work yields to requests.
+pub(crate) const SILENT_YIELDING_MAX_US: u64 = 3_600_000_000;
 /// Time without movement after which a known cause is named, microseconds: a restart, or one failed
 /// request, takes less.
 const CAUSE_TOLD_US: u64 = 2_000_000;
@@ -52,12 +55,15 @@ pub(crate) struct Facts<'a> {
     pub(crate) away_us: &'a dyn Fn(NodeId) -> u64,
     /// The fault that keeps a node from the bucket.
     pub(crate) bucket_trouble: &'a dyn Fn(NodeId) -> Option<String>,
+    /// Bulk work of the node waits for its requests.
+    pub(crate) yields: &'a dyn Fn(NodeId) -> bool,
     /// The outage of the bucket at the master.
     pub(crate) outage: Option<&'a str>,
 }
 
 impl Facts<'_> {
-    fn nodes(&self) -> BTreeSet<NodeId> {
+    /// Returns the nodes that take part.
+    pub(crate) fn nodes(&self) -> BTreeSet<NodeId> {
         let resizes = self.plan.resize().is_some();
         let gives = |shard: ShardId| self.plan.sources.iter().any(|source| source.shard == shard);
         let placement = self.catalog.placement.iter();
@@ -96,9 +102,16 @@ impl Facts<'_> {
 
     /// Returns the time without movement that is in order, microseconds.
     fn patience_us(&self) -> u64 {
-        let silent = if self.works_in_silence() { SILENT_MAX_US } else { TOLD_WITHIN_US };
+        // Work that yields is at work.
+        let yields = self.nodes().into_iter().any(|node| (self.yields)(node));
+        let silent = match (self.works_in_silence(), yields) {
+            (true, true) => SILENT_YIELDING_MAX_US,
+            (true, false) => SILENT_MAX_US,
+            (false, _) => TOLD_WITHIN_US,
+        };
         let piece = if self.plan.step == Step::Prepare { PIECES.0 } else { PIECES.1 };
-        let rate = self.plan.rate_of_each_node().unwrap_or(u64::MAX).max(1);
+        let bound = self.plan.rate_of_each_node().unwrap_or(u64::MAX).max(1);
+        let rate = if yields { bound.min(BULK_YIELD_RATE_MIN) } else { bound };
         let waits = piece.saturating_mul(1_000_000) / rate;
         let uploads = self.uploads().saturating_mul(1_000_000) / rate.min(UPLOAD_RATE_MIN);
         silent.saturating_add(waits).saturating_add(uploads)
@@ -249,6 +262,7 @@ mod tests {
         away: Option<(u64, u64)>,
         cut_off: Option<u64>,
         outage: Option<&'static str>,
+        yields: bool,
     }
 
     fn found(
@@ -269,6 +283,7 @@ mod tests {
             bucket_trouble: &|node| {
                 given.cut_off.filter(|cut| NodeId(*cut) == node).map(|_| "refused".to_owned())
             },
+            yields: &|node| given.yields && node == NodeId(2),
             outage: given.outage,
         })
     }
@@ -334,5 +349,11 @@ mod tests {
         assert!(is_told(&tail, &downloads, TOLD_WITHIN_US));
         assert!(!is_told(&slow, &downloads, TOLD_WITHIN_US));
         assert!(is_told(&slow, &downloads, TOLD_WITHIN_US + 8_000_000));
+        let yields = Given { yields: true, ..none };
+        let is_told = |still_us| found(&tail, &downloads, still_us, &yields).is_some();
+        assert!(!is_told(TOLD_WITHIN_US), "what yields is not stuck");
+        assert!(is_told(TOLD_WITHIN_US + 8_000_000));
+        let rewriting = found(&tail, &rewrites, SILENT_YIELDING_MAX_US - 1, &yields);
+        assert_eq!(rewriting, None);
     }
 }

@@ -25,6 +25,8 @@ pub(crate) struct PlanWatch {
     speed: Speed,
     /// Why the plan does not go on.
     pub(crate) trouble: Option<Trouble>,
+    /// Its nodes on which it waits for requests.
+    pub(crate) yields_on: Vec<NodeId>,
 }
 
 /// The bytes of the present step.
@@ -112,7 +114,13 @@ fn marks(catalog: &Catalog, plan: &Plan, reports: &Reports) -> Vec<u64> {
 
 impl PlanWatch {
     fn new(now_us: u64) -> Self {
-        Self { marks: Vec::new(), moved_us: now_us, speed: Speed::default(), trouble: None }
+        Self {
+            marks: Vec::new(),
+            moved_us: now_us,
+            speed: Speed::default(),
+            trouble: None,
+            yields_on: Vec::new(),
+        }
     }
 
     /// Takes one observation; returns how long nothing has moved, microseconds.
@@ -151,6 +159,8 @@ impl ClusterState {
         let Some(keyspace) = self.keyspaces.get_mut(&id) else { return };
         let mut before = std::mem::take(&mut keyspace.watches);
         let catalog = keyspace.catalog.clone();
+        let yields =
+            |node: NodeId| self.nodes.get(&node).is_some_and(|node| node.is_live() && node.yields);
         let mut watches = BTreeMap::new();
         for plan in catalog.plans() {
             let Some(keyspace) = self.keyspaces.get(&id) else { return };
@@ -159,7 +169,7 @@ impl ClusterState {
             let marks = marks(&catalog, plan, &keyspace.reports);
             let still_us = watch.note(plan, marks, bytes, mono_us);
             let waiting_for = keyspace.waiting_for_of(plan);
-            let found = trouble(&Facts {
+            let facts = Facts {
                 catalog: &catalog,
                 plan,
                 reports: &keyspace.reports,
@@ -167,10 +177,13 @@ impl ClusterState {
                 still_us,
                 away_us: &|node| self.away_us(node, mono_us),
                 bucket_trouble: &|node| self.bucket_trouble(node),
+                yields: &yields,
                 outage,
-            });
+            };
+            let found = trouble(&facts);
+            let yields_on = facts.nodes().into_iter().filter(|node| yields(*node)).collect();
             log_change(&operation_id(id, plan.id), watch.trouble.as_ref(), found.as_ref());
-            watch.trouble = found;
+            (watch.trouble, watch.yields_on) = (found, yields_on);
             watches.insert(plan.id, watch);
         }
         if let Some(keyspace) = self.keyspaces.get_mut(&id) {

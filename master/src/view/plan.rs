@@ -45,6 +45,9 @@ pub(crate) struct RunningDoc {
     objects_read: u64,
     write_pause_ms: PauseMs,
     pub(super) trouble: Option<TroubleDoc>,
+    /// Nodes on which it is held back because requests would take longer than they should.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    yields_on: Vec<NodeId>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     throttled: Vec<ThrottledDoc>,
     /// What was estimated before it began.
@@ -195,6 +198,7 @@ fn running_plan(catalog: &Catalog, plan: &Plan) -> RunningDoc {
         objects_read: 0,
         write_pause_ms: PauseMs::default(),
         trouble: None,
+        yields_on: Vec::new(),
         throttled: Vec::new(),
         estimate: plan.estimate.clone(),
     }
@@ -213,6 +217,7 @@ impl RunningDoc {
         self.rate = watch.rate();
         self.seconds_left = watch.seconds_for(bytes.left()).filter(|_| bytes.total > 0);
         self.trouble = watch.trouble.as_ref().map(TroubleDoc::from);
+        self.yields_on = watch.yields_on.clone();
     }
 }
 

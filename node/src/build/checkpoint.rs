@@ -17,6 +17,7 @@ use super::bootstrap::{Adoption, Bootstrap, Log};
 use super::error::{BuildError, io};
 use super::files;
 use super::groups::Groups;
+use crate::bulk::wait_for_work;
 use crate::engine::{EngineError, ImportFile, Scratch};
 use crate::replica::Replica;
 
@@ -71,9 +72,11 @@ impl Bootstrap {
             std::fs::remove_dir_all(&scratch).map_err(io(&scratch))?;
         }
         let (groups, mut received) = channel(2);
-        let dir = side.clone();
-        let reading =
-            tokio::task::spawn_blocking(move || read_rows(&dir, &imported, shards, &groups));
+        let (dir, bucket, cancel) = (side.clone(), self.bucket.clone(), self.cancel.clone());
+        let reading = tokio::task::spawn_blocking(move || {
+            let yields = |bytes| wait_for_work(&bucket, &cancel, bytes);
+            read_rows(&dir, &imported, shards, yields, &groups)
+        });
         while let Some(group) = received.recv().await {
             replica.apply(group, Vec::new()).await?;
         }
@@ -98,23 +101,27 @@ fn wanted(base: &ArchivedCheckpoint) -> Result<Vec<Wanted>, BuildError> {
 }
 
 /// Sends the rows of the owned bands of a downloaded checkpoint, in groups that fit into one
-/// record.
+/// record; before each of them it waits in `yields` for so many bytes of work.
 fn read_rows(
     dir: &Path,
     files: &[ImportFile],
     shards: u32,
+    yields: impl Fn(u64),
     send: &Sender<Vec<KeyEntry>>,
 ) -> Result<(), EngineError> {
     let scratch = Scratch::import(&dir.join("scratch"), dir, files)?;
     let owned: BandRange = Band::owned(shards).into();
-    let mut groups = Groups::new();
+    let (mut groups, mut read) = (Groups::new(), 0u64);
     for band in owned.bands() {
         let mut rows = scratch.rows(band, 2 << 20);
         while let Some((key, entry)) = rows.current()? {
             let bytes = key.len() + entry.len();
             let full = groups.push(KeyEntry { key: key.to_vec(), entry: entry.to_vec() }, bytes);
             rows.advance();
-            if full.is_some_and(|group| send.blocking_send(group).is_err()) {
+            read += bytes as u64;
+            let Some(group) = full else { continue };
+            yields(std::mem::take(&mut read));
+            if send.blocking_send(group).is_err() {
                 return Ok(());
             }
         }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use vasto_core::VastoError;
 use vasto_core::ids::{Epoch, KeyspaceId};
+use vasto_core::limits::ATTEMPT_PATIENCE;
 
 use super::refusal::no_authority;
 use crate::clock::since_boot;
@@ -17,6 +18,20 @@ pub(super) struct Arrival {
     pub sent: Option<Duration>,
     /// Boot time of the receipt.
     pub received: Duration,
+}
+
+impl Arrival {
+    /// Returns for how much longer than usual the request was under way; 0 while that is not known.
+    pub(super) fn late(self) -> Duration {
+        self.sent.map_or(Duration::ZERO, |sent| self.received.saturating_sub(sent))
+    }
+
+    /// Returns the boot time from which on the request would have been here, had it come as fast as
+    /// usual: a busy machine reads its requests late. `None` when the network has held it back for
+    /// longer than its client waits.
+    pub(super) fn begun(self, now: Duration) -> Option<Duration> {
+        (self.late() < ATTEMPT_PATIENCE).then(|| now.saturating_sub(self.late()))
+    }
 }
 
 /// Identity and conditions of a request.
@@ -33,6 +48,9 @@ pub(super) struct Caller {
     pub strict: bool,
     /// The term of authority under which a strict request was admitted.
     pub term: Option<u64>,
+    /// Boot time from which on nothing but the machine has held the request up; `None` when
+    /// something else has.
+    pub begun: Option<Duration>,
 }
 
 impl Caller {
@@ -52,5 +70,19 @@ impl Caller {
             Some(until) if since_boot() >= until => Err(too_late()),
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_of_a_request_begins_when_it_should_have_come() {
+        let ms = Duration::from_millis;
+        let arrival = |sent: Option<u64>| Arrival { sent: sent.map(ms), received: ms(5_000) };
+        assert_eq!(arrival(None).begun(ms(5_003)), Some(ms(5_003)));
+        assert_eq!(arrival(Some(4_990)).begun(ms(5_003)), Some(ms(4_993)));
+        assert_eq!(arrival(Some(4_000)).begun(ms(5_003)), None, "a broken network has healed");
     }
 }

@@ -20,6 +20,8 @@ use super::decode;
 use super::place::{Place, place, settled, wait_for_place};
 use super::refusal::{disk_is_low, not_here};
 use super::reply::ReplySink;
+use crate::clock::since_boot;
+use crate::foreground::{Class, FOREGROUND};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::command::{Number, OpOutcome, WriteContext};
@@ -42,6 +44,7 @@ pub(super) fn dispatch(
         until: time.map(|time| arrival.received + time),
         strict: request.strict,
         term: None,
+        begun: arrival.begun(since_boot()),
     };
     let shard = ShardId(request.shard);
     let Some(op) = request.op else {
@@ -65,7 +68,8 @@ pub(super) fn dispatch(
                 match wait_for_place(&registry, caller, shard, probing).await {
                     Ok((replica, term)) => {
                         sink.room().await;
-                        execute(&registry, Caller { term, ..caller }, &replica, op, sink);
+                        let caller = Caller { term, begun: None, ..caller };
+                        execute(&registry, caller, &replica, op, sink);
                     }
                     Err(error) => {
                         sink.fail(&registry, caller.id, caller.keyspace, caller.epoch, &error)
@@ -80,8 +84,7 @@ pub(super) fn dispatch(
 /// waits: the client has repeated it over another connection, and an event time assigned now would
 /// be above those of later writes.
 fn held_back(arrival: Arrival, op: &Op, strict: bool) -> Option<VastoError> {
-    let late =
-        arrival.sent.is_some_and(|sent| arrival.received.saturating_sub(sent) >= ATTEMPT_PATIENCE);
+    let late = arrival.late() >= ATTEMPT_PATIENCE;
     (late && strict && matches!(op, Op::Write(_))).then(|| {
         let message = "the request was under way for too long and may have been repeated since; send it again";
         VastoError::new(ErrorCode::Overloaded, message).retry_after_ms(20)
@@ -152,7 +155,13 @@ fn execute_write(
         write.ops,
         write.ack,
         write.bytes,
-        WriteContext { id: write.id, sent: caller.sent, until: caller.until, term: caller.term },
+        WriteContext {
+            id: write.id,
+            sent: caller.sent,
+            until: caller.until,
+            term: caller.term,
+            begun: caller.begun,
+        },
         done,
     );
 }
@@ -190,13 +199,17 @@ fn execute_get(
 ) {
     match replica.get_many(&keys, false) {
         Ok(GetResult::Values(values)) => {
+            FOREGROUND.note(Class::Reads, caller.begun, since_boot());
             answer(registry, caller, caller.check_term(replica).map(|()| get_reply(values)), sink);
         }
         Err(error) => answer(registry, caller, Err(error), sink),
         Ok(GetResult::WouldBlock) => {
             let replica = replica.clone();
+            // A connection that does not take its replies is not the machine.
+            let begun = caller.begun.filter(|_| sink.has_room());
             blocking(registry, caller, sink, move || match replica.get_many(&keys, true)? {
                 GetResult::Values(values) => {
+                    FOREGROUND.note(Class::Reads, begun, since_boot());
                     caller.check_term(&replica).map(|()| get_reply(values))
                 }
                 GetResult::WouldBlock => {
@@ -293,7 +306,7 @@ mod tests {
 
     use super::super::reply::ReplyQueue;
     use super::*;
-    use crate::clock::{SystemClock, since_boot};
+    use crate::clock::SystemClock;
 
     const REPLY_BYTES: usize = 1 << 20;
 
@@ -310,6 +323,7 @@ mod tests {
             until,
             strict: false,
             term: None,
+            begun: None,
         }
     }
 

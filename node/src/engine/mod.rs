@@ -105,6 +105,10 @@ const LOCK_REFUSED: &str = "While lock file";
 /// Step by which a MANIFEST grows.
 const MANIFEST_PREALLOCATION: usize = 64 << 10;
 
+/// Bytes of an SST after which the system begins to write them to the disk: what gathers until the
+/// table is synced delays the syncs of logs.
+const BYTES_PER_SYNC: u64 = 256 << 10;
+
 /// Target size of an SST file.
 const TABLE_BYTES: u64 = 32 << 20;
 
@@ -123,6 +127,7 @@ impl EngineShared {
         base.set_compression_type(DBCompressionType::Lz4);
         base.set_bottommost_compression_type(DBCompressionType::Zstd);
         base.set_target_file_size_base(TABLE_BYTES);
+        base.set_bytes_per_sync(BYTES_PER_SYNC);
         base.set_max_open_files(TABLES_OPEN_MAX as i32);
         base.set_sst_partitioner_factory(&SstPartitionerFactory::fixed_prefix(1));
         base.set_keep_log_file_num(2);

@@ -34,6 +34,8 @@ pub(crate) struct WriteContext {
     pub until: Option<Duration>,
     /// Term of authority under which it was admitted; `None` when the sender chose this replica.
     pub term: Option<u64>,
+    /// Boot time from which on nothing but the machine has held it up.
+    pub begun: Option<Duration>,
 }
 
 /// Returns the error for a write that was not begun because its sender no longer waits.
@@ -71,6 +73,9 @@ pub(crate) struct WriteCommand {
     pub term: Option<u64>,
     /// It has been held back so that the tails of a plan catch up; once is enough.
     pub(super) was_slowed: bool,
+    /// Boot time from which on nothing but the machine has held it up; `None` when its time says
+    /// nothing of the machine.
+    pub(super) begun: Option<Duration>,
     /// Authority that decides, once the write is done, whether it may be acknowledged.
     pub(super) authority: Option<Arc<Authority>>,
     done: Option<Completion>,
@@ -95,6 +100,7 @@ impl WriteCommand {
             until: None,
             term: None,
             was_slowed: false,
+            begun: None,
             authority: None,
             done: Some(done),
             _permit: permit,
@@ -107,6 +113,7 @@ impl WriteCommand {
         self.sent = context.sent.unwrap_or(self.sent);
         self.until = context.until;
         self.term = context.term;
+        self.begun = context.begun;
         self
     }
 

@@ -24,6 +24,8 @@ use super::metrics;
 use super::slowed::SlowedWrites;
 use super::store::Store;
 use super::write_group::WriteGroup;
+use crate::clock::since_boot;
+use crate::foreground::{Class, FOREGROUND};
 
 /// Commands that are executed together.
 #[derive(Default)]
@@ -206,7 +208,11 @@ impl Committer {
         match &result {
             Ok(()) => {
                 metrics::group(answers.len());
+                let now = since_boot();
                 for (command, done) in answers {
+                    // Until it is durable here: other replicas and the bucket take their own time.
+                    let class = Class::of_write(command.ack);
+                    FOREGROUND.note(class, command.begun, now);
                     self.acknowledge(command, done);
                 }
             }

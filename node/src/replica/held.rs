@@ -29,7 +29,8 @@ impl HeldWrites {
     }
 
     /// Holds a write from now on.
-    pub(super) fn hold(&mut self, command: WriteCommand) {
+    pub(super) fn hold(&mut self, mut command: WriteCommand) {
+        command.begun = None; // its time does not tell how busy the machine is
         self.held.push(Held { command, since: Instant::now() });
     }
 

@@ -62,7 +62,7 @@ impl SlowedWrites {
         if !command.was_slowed
             && let Some(due) = moving.bytes_per_s.and_then(|rate| self.due(bytes, rate, now))
         {
-            command.was_slowed = true;
+            (command.was_slowed, command.begun) = (true, None);
             let due = due.min(now + patience(&command));
             // A sender with little time overtakes others.
             let place = self.slowed.partition_point(|other| other.due <= due);

@@ -1,7 +1,8 @@
-//! Reads of local files, on blocking threads instead of those of the async runtime.
+//! Reads and writes of local files, on blocking threads instead of those of the async runtime.
 
 use std::fs::File;
 use std::io::{Read, Seek};
+use std::num::NonZeroU64;
 use std::path::Path;
 
 use bytes::Bytes;
@@ -76,6 +77,13 @@ impl LocalFile {
                 .to_owned(),
         }
     }
+}
+
+/// Lets the system write what was just written to a file to the disk, without waiting for it: what
+/// gathers until the file is synced delays the syncs of others. A failure costs nothing but that.
+pub(super) fn write_behind(file: &File, at: u64, bytes: u64) {
+    // Of pages that are not on the disk yet it drops none.
+    let _ = rustix::fs::fadvise(file, at, NonZeroU64::new(bytes), rustix::fs::Advice::DontNeed);
 }
 
 /// Runs blocking file operations off the runtime's threads.

@@ -23,7 +23,7 @@ use object_store::path::Path as ObjectPath;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
-use super::disk::blocking;
+use super::disk::{blocking, write_behind};
 use super::error::BucketError;
 use super::failure::{Failure, Kind};
 use super::handle::Bucket;
@@ -320,6 +320,7 @@ impl Task<'_> {
                 let mut buffer = vec![0; length];
                 source.read_exact_at(&mut buffer, at).map_err(CopyError::Read)?;
                 file.write_all_at(&buffer, at).map_err(CopyError::Write)?;
+                write_behind(&file, at, length as u64);
                 Ok(crc32c::crc32c_append(crc, &buffer))
             });
             crc = match copied
@@ -338,6 +339,8 @@ impl Task<'_> {
             };
             self.received(length);
             at += length as u64;
+            // No request stands open meanwhile.
+            self.bucket.paced.spread(length as u64).await;
         }
         Ok(crc)
     }
@@ -369,7 +372,12 @@ impl Task<'_> {
             if !buffer.is_empty() && (chunk.is_none() || buffer.len() >= BUFFER_BYTES) {
                 let file = Arc::clone(&object.file);
                 let bytes = std::mem::take(&mut buffer);
-                let stored = blocking(move || file.write_all_at(&bytes, written)).await;
+                let stored = blocking(move || {
+                    file.write_all_at(&bytes, written)?;
+                    write_behind(&file, written, bytes.len() as u64);
+                    Ok(())
+                });
+                let stored = stored.await;
                 stored.map_err(|error| Attempt::Ended(local(&object.part, &error)))?;
                 written = arrived;
             }

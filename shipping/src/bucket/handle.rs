@@ -179,6 +179,17 @@ impl Bucket {
     pub async fn pass(&self, bytes: u64) -> bool {
         self.paced.pass(bytes).await
     }
+
+    /// Takes so many bytes of work on rows that come from the bucket or go to it; false when they
+    /// have to wait, with [`Bucket::work`].
+    pub fn try_work(&self, bytes: u64) -> bool {
+        self.paced.try_work(bytes)
+    }
+
+    /// Waits until so many bytes of work on rows may be done.
+    pub async fn work(&self, bytes: u64) {
+        self.paced.work(bytes).await;
+    }
 }
 
 pub(super) fn parse_path(key: &str) -> Result<ObjectPath, BucketError> {

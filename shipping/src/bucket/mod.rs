@@ -12,6 +12,7 @@
 
 mod attempt;
 mod breaker;
+mod copied;
 mod counts;
 mod create;
 mod delete;

@@ -1,14 +1,19 @@
 //! What holds back the bulk bytes of one handle of the bucket: a pause, or a bound of the rate.
 //!
 //! Downloads wait by themselves, piece by piece. Whoever uploads a file asks before, with
-//! `Bucket::pass`, so that nobody waits here while he holds what others need.
+//! `Bucket::pass`, so that nobody waits here while he holds what others need. Work on rows that
+//! come from the bucket or go to it asks with `Bucket::work`.
 //!
 //! **Invariant:** requests for small objects (catalog, manifests, chunks of the log) never wait.
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
+
+/// Longest wait between two steps of a piece.
+const SPREAD_MAX: Duration = Duration::from_secs(1);
 
 /// Holds back bulk bytes.
 #[async_trait]
@@ -18,6 +23,22 @@ pub trait Pacer: Send + Sync {
 
     /// Returns true while nothing passes.
     fn is_paused(&self) -> bool;
+
+    /// Returns the bytes a second at which a piece that has passed is best spread, where that costs
+    /// nobody anything; `None`: as fast as it goes.
+    fn rate(&self) -> Option<u64> {
+        None
+    }
+
+    /// Takes so many bytes of work on rows; false when they have to wait.
+    fn try_work(&self, _bytes: u64) -> bool {
+        !self.is_paused()
+    }
+
+    /// Waits until so many bytes of work on rows may be done.
+    async fn work(&self, _bytes: u64) {
+        self.pass(0).await;
+    }
 }
 
 /// The pacer of a handle; without one everything passes at once.
@@ -45,13 +66,30 @@ impl Paced {
             None => false,
         }
     }
+
+    /// Waits for the time that so many bytes of a piece take when it is spread.
+    pub(super) async fn spread(&self, bytes: u64) {
+        if let Some(rate) = self.0.as_ref().and_then(|pacer| pacer.rate()) {
+            let time = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+            tokio::time::sleep(time.min(SPREAD_MAX)).await;
+        }
+    }
+
+    pub(super) fn try_work(&self, bytes: u64) -> bool {
+        self.0.as_ref().is_none_or(|pacer| pacer.try_work(bytes))
+    }
+
+    pub(super) async fn work(&self, bytes: u64) {
+        if let Some(pacer) = &self.0 {
+            pacer.work(bytes).await;
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use std::sync::atomic::Ordering;
-    use std::time::Duration;
 
     use object_store::memory::InMemory;
     use tokio::sync::watch;

@@ -1,4 +1,4 @@
-//! Uploads of whole files.
+//! Uploads of whole files; to a local directory they are copied ([`super::copied`]).
 //!
 //! Up to [`SINGLE_PUT_BYTES_MAX`] a file is uploaded in one create-only request. A larger file is
 //! uploaded in parts: no store can make that create-only, so the name is checked first, and it
@@ -16,7 +16,7 @@ use super::attempt::within;
 use super::disk::LocalFile;
 use super::error::BucketError;
 use super::failure::Failure;
-use super::handle::Bucket;
+use super::handle::{Bucket, Source};
 use super::object::{Create, Uploaded};
 use super::retry::{PartRetry, Retry};
 
@@ -37,10 +37,10 @@ impl Bucket {
     /// bytes.
     pub async fn upload_file(&self, key: &str, path: &Path) -> Result<Uploaded, BucketError> {
         let file = LocalFile::open(path).await?;
-        let uploaded = if file.bytes <= SINGLE_PUT_BYTES_MAX {
-            self.upload_whole(key, file).await?
-        } else {
-            Box::pin(self.upload_in_parts(key, file)).await?
+        let uploaded = match &self.inner.source {
+            Source::Local(root) => Box::pin(self.upload_copy(key, file, root)).await?,
+            _ if file.bytes <= SINGLE_PUT_BYTES_MAX => self.upload_whole(key, file).await?,
+            _ => Box::pin(self.upload_in_parts(key, file)).await?,
         };
         match self.head(key).await? {
             Some(found) if found == uploaded.bytes => Ok(uploaded),

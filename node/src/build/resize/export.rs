@@ -35,7 +35,7 @@ use vasto_trace::OperationTrace;
 
 use super::Shape;
 use crate::build::error::{BuildError, io};
-use crate::bulk::wait_while_paused;
+use crate::bulk::wait_for_work;
 use crate::engine::{TableRun, WrittenTable};
 use crate::rates;
 use crate::replica::Replica;
@@ -47,8 +47,10 @@ const UPLOADS: usize = 4;
 const POLL: Duration = Duration::from_millis(20);
 /// Interval at which the rows that were written are reported.
 const REPORT: Duration = Duration::from_millis(200);
-/// Rows between two looks at the pause and the cancellation.
+/// Rows, and their bytes, between two looks at the pause, the foreground and the cancellation.
 const ROWS_AT_ONCE: u64 = 1024;
+/// See [`ROWS_AT_ONCE`].
+const BYTES_AT_ONCE: u64 = 1 << 20;
 
 /// The inputs of an export.
 pub(crate) struct Export {
@@ -307,7 +309,8 @@ struct Work {
     rows: Arc<AtomicU64>,
 }
 
-/// Writes the leaving rows to tables. Blocks on the disk; stands still while the plan is paused.
+/// Writes the leaving rows to tables. Blocks on the disk; stands still while the plan is paused, and
+/// yields to the foreground.
 fn write_tables(work: &Work, shape: Shape, floor: u64, out: &Path) -> Result<Written, BuildError> {
     let Work { replica, bucket, cancel, rows: done } = work;
     if out.exists() {
@@ -319,8 +322,9 @@ fn write_tables(work: &Work, shape: Shape, floor: u64, out: &Path) -> Result<Wri
     let end = replica.log().appended_lsn();
     let mut rows = view.bulk(shape.bands);
     let mut runs: BTreeMap<ShardId, TableRun<'_>> = BTreeMap::new();
-    let (mut event_time_max, mut count) = (0, 0u64);
+    let (mut event_time_max, mut count, mut bytes) = (0, 0u64, 0u64);
     while let Some((stored_key, entry)) = rows.current()? {
+        bytes += (stored_key.len() + entry.len()) as u64;
         if !is_collected(entry, floor) {
             let (to, event_time) = place(stored_key, entry, shape.shards)?;
             event_time_max = event_time_max.max(event_time);
@@ -336,9 +340,9 @@ fn write_tables(work: &Work, shape: Shape, floor: u64, out: &Path) -> Result<Wri
         }
         rows.advance();
         count += 1;
-        if count.is_multiple_of(ROWS_AT_ONCE) {
+        if count.is_multiple_of(ROWS_AT_ONCE) || bytes >= BYTES_AT_ONCE {
             done.store(count, Ordering::Relaxed);
-            wait_while_paused(bucket, cancel);
+            wait_for_work(bucket, cancel, std::mem::take(&mut bytes));
             if cancel.is_cancelled() {
                 return Err(BuildError::Cancelled);
             }

@@ -23,7 +23,7 @@ use vasto_shipping::bucket::Bucket;
 
 use super::Shape;
 use crate::build::error::{BuildError, io};
-use crate::bulk::wait_while_paused;
+use crate::bulk::wait_for_work;
 use crate::engine::{BandRows, EngineError, ImportFile, Scratch, TableSet, WrittenTable};
 use crate::replica::Replica;
 
@@ -62,8 +62,10 @@ const READAHEAD_ALL: usize = 64 << 20;
 /// Most bytes that one cursor reads ahead, and the fewest.
 const READAHEAD: (usize, usize) = (2 << 20, 32 << 10);
 
-/// Keys between two looks at the pause and the cancellation.
+/// Keys, and bytes of rows, between two looks at the pause, the foreground and the cancellation.
 const KEYS_AT_ONCE: u64 = 1024;
+/// See [`KEYS_AT_ONCE`].
+const BYTES_AT_ONCE: u64 = 1 << 20;
 
 /// Whose rows are rewritten, where that is reported, and what holds it up or ends it.
 pub(super) struct Rewriting {
@@ -87,7 +89,8 @@ impl Rewritten {
     }
 }
 
-/// Rewrites the rows of the sources; blocks on the disk. Stands still while the plan is paused.
+/// Rewrites the rows of the sources; blocks on the disk. Stands still while the plan is paused, and
+/// yields to the foreground.
 pub(super) fn rewrite(
     build: &Rewriting,
     sources: &[SourceFiles],
@@ -112,12 +115,14 @@ pub(super) fn rewrite(
         .flat_map(|scratch| shape.bands.bands().map(move |band| scratch.rows(band, readahead)));
     let mut rows = MergedRows::new(cursors.collect())?;
     let mut tables = TableSet::new(replica.engine(), out);
-    let (mut event_time_max, mut keys) = (0, 0u64);
+    let (mut event_time_max, mut keys, mut bytes) = (0, 0u64, 0u64);
     while let Some(winners) = rows.next_key(shape, replica.shard, floor)? {
         keys += 1;
-        if keys.is_multiple_of(KEYS_AT_ONCE) {
+        bytes +=
+            winners.iter().map(|(_, key, entry)| (key.len() + entry.len()) as u64).sum::<u64>();
+        if keys.is_multiple_of(KEYS_AT_ONCE) || bytes >= BYTES_AT_ONCE {
             build.progress.lock().rows_done = keys;
-            wait_while_paused(&build.bucket, &build.cancel);
+            wait_for_work(&build.bucket, &build.cancel, std::mem::take(&mut bytes));
             if build.cancel.is_cancelled() {
                 return Err(BuildError::Cancelled);
             }

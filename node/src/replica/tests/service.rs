@@ -20,6 +20,7 @@ use vasto_proto::v1::request::Op;
 
 use super::support::*;
 use crate::data::DataService;
+use crate::foreground::{Class, FOREGROUND};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
 use crate::replica::authority::{Standing, Term};
@@ -353,4 +354,41 @@ async fn a_stream_answers_every_request_once() {
     let written = scan_keys(&served.replica, Default::default()).len();
     assert_eq!(written, 200);
     assert_log_is_whole(&records(&served.replica));
+}
+
+/// The first frame of a stream is late by all that has passed since the stream was opened: a time
+/// that no other test has.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_of_requests_counts_from_when_they_should_have_come() {
+    let served = serve().await;
+    let before = FOREGROUND.counts();
+    let (requests, receiver) = tokio::sync::mpsc::channel(4);
+    let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let mut replies = served.client.clone().stream(stream).await.unwrap().into_inner();
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    let durable = v1::WriteRequest { ops: vec![put_op("b", vec![2])], ..Default::default() };
+    let durable = Op::Write(v1::WriteRequest { ack: v1::Ack::Fsync as i32, ..durable });
+    let ops = [get_of(vec![key("a")]), durable];
+    let batch = ops.into_iter().zip(0..).map(|(op, id)| v1::Request {
+        id,
+        keyspace_id: KEYSPACE.0,
+        epoch: 1,
+        op: Some(op),
+        ..v1::Request::default()
+    });
+    let frame = v1::RequestFrame { requests: batch.collect(), sent_us: 1 };
+    requests.send(frame).await.unwrap();
+    let mut answered = 0;
+    while answered < 2 {
+        let frame =
+            tokio::time::timeout(DEADLINE, replies.message()).await.unwrap().unwrap().unwrap();
+        answered += frame.replies.len();
+    }
+    let after = FOREGROUND.counts();
+    let late = |class: Class| {
+        let at = class as usize;
+        after[at].since(&before[at]).above(Duration::from_millis(300))
+    };
+    assert!(late(Class::Reads) >= 1, "a lookup counts");
+    assert!(late(Class::SyncedWrites) >= 1, "a write counts");
 }

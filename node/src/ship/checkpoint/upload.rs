@@ -99,7 +99,9 @@ impl Upload {
                     Some(uploaded) => uploaded,
                     None => {
                         // Whoever waits here has no turn yet: others go on.
-                        self.context.bucket.pass(file.bytes).await;
+                        if self.may_wait() {
+                            self.context.bucket.pass(file.bytes).await;
+                        }
                         let _turn = self.context.pace.turn(file.bytes).await;
                         let work = rates::UPLOADS.begin();
                         let uploaded = self.context.bucket.upload_file(&key, &path).await?;
@@ -113,6 +115,13 @@ impl Upload {
             });
         }
         futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await
+    }
+
+    /// Returns false when the log fills up that is cut behind the checkpoint: then it yields to
+    /// nobody. A pause holds always.
+    fn may_wait(&self) -> bool {
+        let ShipContext { replica, bucket, log_cap, .. } = &*self.context;
+        bucket.is_paused() || replica.log().bytes() < log_cap / 2
     }
 
     /// Uploads the database's own list of its files, with which the files open as they are.

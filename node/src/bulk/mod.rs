@@ -2,18 +2,25 @@
 //!
 //! Every plan has one entry for the whole process, however many of its replicas are here: its
 //! pause, this node's part of its `max_rate`, and the bytes that it has moved. All plans together
-//! share the budget of the process. A bound of the rate is a debt of bytes that time pays back, so
-//! that it holds for pieces of any size and a new bound counts at once.
+//! share the budget of the process. A bound of the rate is a debt of bytes that time pays back
+//! (`debt`), so that it holds for pieces of any size and a new bound counts at once.
 //!
-//! Not here: the log, manifests and the catalog, which never wait; checkpoints of replicas that
-//! serve, which have limits of their own (`ship::Pace`).
+//! Beside that everything that is bulky yields to the foreground, checkpoints of replicas that serve
+//! too: in two lanes (`lane`), the files that go to and from the bucket, and the work on the disk.
+//! How much is left to them `crate::yielding` decides.
+//!
+//! Not here: the log, manifests and the catalog, which never wait.
 //!
 //! **Invariant:** a pause stops new pieces at once; what an ended plan still has under way passes,
-//! so that nothing waits for a plan that nobody resumes any more.
+//! so that nothing waits for a plan that nobody resumes any more. What moves no bytes waits for
+//! nothing but a pause and the bounds of its plan: nobody who follows a log yields.
+
+mod debt;
+mod lane;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
@@ -28,12 +35,8 @@ use vasto_shipping::Pacer;
 use vasto_shipping::bucket::Bucket;
 
 use crate::rates;
-
-/// Part of a second for which bytes may pass ahead of the rate: pieces are smaller than a timer is
-/// exact.
-const AHEAD: f64 = 0.05;
-/// Longest sleep of a waiting piece, after which it looks at the budget of the process again.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+use debt::{Debt, LOOK_AGAIN};
+pub(crate) use lane::{Activity, Bound, Lane};
 
 /// The gate of one process.
 pub(crate) struct BulkGate {
@@ -41,11 +44,17 @@ pub(crate) struct BulkGate {
     plans: Mutex<BTreeMap<(KeyspaceId, PlanId), Arc<PlanGate>>>,
 }
 
-/// What all plans of the process share.
+/// What all bulk work of the process shares.
 struct Shared {
     budget: Mutex<Debt>,
     /// Bytes that have passed, of all plans.
     moved: AtomicU64,
+    /// Files to and from the bucket.
+    transfers: Mutex<Lane>,
+    /// Reading and writing of rows on the disk.
+    work: Mutex<Lane>,
+    /// There is bulk work, and it yields to the foreground now.
+    held_back: AtomicBool,
 }
 
 /// The entry of one plan.
@@ -78,55 +87,31 @@ impl Pace {
     }
 }
 
-/// Bytes that have passed ahead of a rate.
-#[derive(Debug)]
-struct Debt {
-    /// Bytes a second; `None` sets no bound.
-    rate: Option<u64>,
-    bytes: f64,
-    at: Instant,
-}
-
-impl Debt {
-    fn new(rate: Option<u64>, now: Instant) -> Self {
-        Self { rate, bytes: 0.0, at: now }
-    }
-
-    /// Changes the rate; what was owed under the old one is paid at the new one.
-    fn set_rate(&mut self, rate: Option<u64>, now: Instant) {
-        self.pay(now);
-        self.rate = rate;
-    }
-
-    fn pay(&mut self, now: Instant) {
-        let elapsed = now.saturating_duration_since(self.at).as_secs_f64();
-        self.at = self.at.max(now);
-        self.bytes = match self.rate {
-            Some(rate) => (self.bytes - elapsed * rate as f64).max(0.0),
-            None => 0.0,
-        };
-    }
-
-    /// Returns how long the next piece waits, zero when it may pass.
-    fn wait(&mut self, now: Instant) -> Duration {
-        self.pay(now);
-        let Some(rate) = self.rate else { return Duration::ZERO };
-        let rate = rate.max(1) as f64;
-        Duration::try_from_secs_f64((self.bytes / rate - AHEAD).max(0.0)).unwrap_or(LOOK_AGAIN)
-    }
-
-    fn add(&mut self, bytes: u64) {
-        if self.rate.is_some() {
-            self.bytes += bytes as f64;
+impl Shared {
+    fn new(now: Instant) -> Self {
+        Self {
+            budget: Mutex::new(Debt::new(None, now)),
+            moved: AtomicU64::new(0),
+            transfers: Mutex::new(Lane::new(now)),
+            work: Mutex::new(Lane::new(now)),
+            held_back: AtomicBool::new(false),
         }
     }
 }
 
+/// Takes the bytes when the foreground leaves a lane so much, else returns how long they wait.
+fn take_from(lane: &Mutex<Lane>, bytes: u64) -> Duration {
+    let mut lane = lane.lock();
+    let wait = lane.wait(Instant::now());
+    if wait.is_zero() {
+        lane.add(bytes);
+    }
+    wait
+}
+
 impl Default for BulkGate {
     fn default() -> Self {
-        let budget = Mutex::new(Debt::new(None, Instant::now()));
-        let shared = Arc::new(Shared { budget, moved: AtomicU64::new(0) });
-        Self { shared, plans: Mutex::default() }
+        Self { shared: Arc::new(Shared::new(Instant::now())), plans: Mutex::default() }
     }
 }
 
@@ -173,6 +158,36 @@ impl BulkGate {
         Arc::new(Uploads { gate: self.clone(), keyspace, replica })
     }
 
+    /// Returns what bulk work has done since the last call.
+    pub(crate) fn look(&self, now: Instant) -> Activity {
+        let Shared { transfers, work, held_back, .. } = &*self.shared;
+        let activity = transfers.lock().look(now);
+        let activity = activity.and(work.lock().look(now));
+        let is_bound = transfers.lock().rate_left().is_some();
+        held_back.store(activity.moved && is_bound, Ordering::Relaxed);
+        activity
+    }
+
+    /// Sets what the foreground leaves to bulk work.
+    pub(crate) fn set_bound(&self, bound: Bound, now: Instant) {
+        self.shared.transfers.lock().set_bound(bound, now);
+        self.shared.work.lock().set_bound(bound, now);
+    }
+
+    /// Returns the bytes a second that files to and from the bucket may have, while bulk work yields
+    /// to the foreground.
+    pub(crate) fn held_back_to(&self) -> Option<u64> {
+        let held_back = self.shared.held_back.load(Ordering::Relaxed);
+        held_back.then(|| self.shared.transfers.lock().rate_left()).flatten()
+    }
+
+    /// Returns the bytes a second that the foreground leaves to the files, and to the work on the
+    /// disk; `None`: all there is.
+    pub(crate) fn rates_left(&self) -> [(&'static str, Option<u64>); 2] {
+        let Shared { transfers, work, .. } = &*self.shared;
+        [("files", transfers.lock().rate_left()), ("rows", work.lock().rate_left())]
+    }
+
     /// Registers the bytes that have passed, `vasto_bulk_moved`, to be read at each export.
     pub(crate) fn observe(&self, labels: &[KeyValue]) {
         let (shared, labels) = (Arc::downgrade(&self.shared), labels.to_vec());
@@ -217,28 +232,32 @@ impl PlanGate {
         });
     }
 
-    /// Takes the bytes when both bounds let them pass, else returns how long they wait.
+    /// Takes the bytes when all bounds let them pass, else returns how long they wait.
     fn take(&self, bytes: u64) -> Duration {
         let (mut debt, mut budget) = (self.debt.lock(), self.shared.budget.lock());
+        let mut lane = self.shared.transfers.lock();
         let now = Instant::now();
         let own = debt.wait(now);
         if !own.is_zero() {
             rates::held_up();
         }
-        let wait = own.max(budget.wait(now));
+        let mut wait = own.max(budget.wait(now));
+        if wait.is_zero() && bytes > 0 {
+            wait = lane.wait(now);
+        }
         if wait.is_zero() {
             debt.add(bytes);
             budget.add(bytes);
+            lane.add(bytes);
             self.moved.fetch_add(bytes, Ordering::Relaxed);
             self.shared.moved.fetch_add(bytes, Ordering::Relaxed);
         }
         wait
     }
-}
 
-#[async_trait]
-impl Pacer for PlanGate {
-    async fn pass(&self, bytes: u64) -> bool {
+    /// Waits until the plan is not paused and `take`, which says how long else, has taken its bytes;
+    /// returns true when it has waited for the end of a pause.
+    async fn until(&self, take: impl Fn() -> Duration + Send) -> bool {
         let mut pace = self.pace.subscribe();
         let mut was_paused = false;
         loop {
@@ -249,7 +268,7 @@ impl Pacer for PlanGate {
                 let _ = pace.changed().await;
                 continue;
             }
-            let wait = self.take(bytes);
+            let wait = take();
             if wait.is_zero() {
                 return was_paused;
             }
@@ -259,13 +278,32 @@ impl Pacer for PlanGate {
             }
         }
     }
+}
+
+#[async_trait]
+impl Pacer for PlanGate {
+    async fn pass(&self, bytes: u64) -> bool {
+        self.until(|| self.take(bytes)).await
+    }
 
     fn is_paused(&self) -> bool {
         self.pace.borrow().paused
     }
+
+    fn rate(&self) -> Option<u64> {
+        self.shared.transfers.lock().spread(Instant::now())
+    }
+
+    fn try_work(&self, bytes: u64) -> bool {
+        !self.is_paused() && take_from(&self.shared.work, bytes).is_zero()
+    }
+
+    async fn work(&self, bytes: u64) {
+        self.until(|| take_from(&self.shared.work, bytes)).await;
+    }
 }
 
-/// Holds back the file uploads of a replica while a plan makes it.
+/// Holds back the file uploads of a replica: while a plan makes it, with the plan.
 struct Uploads {
     gate: Arc<BulkGate>,
     keyspace: KeyspaceId,
@@ -275,10 +313,21 @@ struct Uploads {
 #[async_trait]
 impl Pacer for Uploads {
     async fn pass(&self, bytes: u64) -> bool {
-        match self.gate.maker_of(self.keyspace, self.replica) {
-            Some(plan) => plan.pass(bytes).await,
-            None => false,
+        if let Some(plan) = self.gate.maker_of(self.keyspace, self.replica) {
+            return plan.pass(bytes).await;
         }
+        while bytes > 0 {
+            let wait = take_from(&self.gate.shared.transfers, bytes);
+            if wait.is_zero() {
+                break;
+            }
+            tokio::time::sleep(wait.min(LOOK_AGAIN)).await;
+        }
+        false
+    }
+
+    fn rate(&self) -> Option<u64> {
+        self.gate.shared.transfers.lock().spread(Instant::now())
     }
 
     fn is_paused(&self) -> bool {
@@ -286,12 +335,13 @@ impl Pacer for Uploads {
     }
 }
 
-/// Waits until the plan behind the bucket is not paused, or the work is cancelled; for work on the
-/// disk, on a blocking thread of the runtime.
-pub(crate) fn wait_while_paused(bucket: &Bucket, cancel: &CancellationToken) {
-    if bucket.is_paused() {
-        let resumed = cancel.run_until_cancelled(bucket.pass(0));
-        tokio::runtime::Handle::current().block_on(resumed);
+/// Waits until the plan behind the bucket is not paused and the foreground leaves room for so many
+/// bytes of rows, or the work is cancelled; for work on the disk, on a blocking thread of the
+/// runtime.
+pub(crate) fn wait_for_work(bucket: &Bucket, cancel: &CancellationToken, bytes: u64) {
+    if !bucket.try_work(bytes) {
+        let passes = cancel.run_until_cancelled(bucket.work(bytes));
+        tokio::runtime::Handle::current().block_on(passes);
     }
 }
 
@@ -315,38 +365,6 @@ mod tests {
 
     fn paced(catalog: &Catalog, pace: Asked) -> Catalog {
         set_pace(catalog, PLAN, pace, 3, 3).unwrap()
-    }
-
-    #[test]
-    fn a_debt_holds_the_rate_for_pieces_of_any_size() {
-        let start = Instant::now();
-        for piece in [1_000, 50_000, 1_000_000] {
-            let mut debt = Debt::new(Some(100_000), start);
-            let (mut now, mut moved) = (start, 0);
-            while now < start + Duration::from_secs(60) {
-                let wait = debt.wait(now);
-                now += wait;
-                if wait.is_zero() {
-                    debt.add(piece);
-                    moved += piece;
-                }
-            }
-            // The first piece passes at once.
-            let most = 100_000 * 60 + piece + 10_000;
-            assert!(moved <= most && moved >= 100_000 * 59, "{piece}: {moved}");
-        }
-    }
-
-    #[test]
-    fn a_new_rate_counts_at_once_for_what_is_owed() {
-        let start = Instant::now();
-        let mut debt = Debt::new(Some(1_000), start);
-        debt.add(1_000_000);
-        assert!(debt.wait(start) > Duration::from_secs(900));
-        debt.set_rate(Some(1_000_000), start);
-        assert!(debt.wait(start) <= Duration::from_secs(1));
-        debt.set_rate(None, start);
-        assert_eq!(debt.wait(start), Duration::ZERO);
     }
 
     #[tokio::test]
@@ -431,5 +449,49 @@ mod tests {
         one.pass(1 << 40).await;
         one.pass(1 << 40).await;
         assert!(began.elapsed() < least);
+    }
+
+    #[tokio::test]
+    async fn everything_bulky_yields_and_what_moves_no_bytes_does_not() {
+        let gate = Arc::new(BulkGate::default());
+        gate.apply(&growing());
+        let plan = gate.of(KEYSPACE, PLAN);
+        let serving = gate.uploads_of(KEYSPACE, ReplicaId(1));
+        assert_eq!(gate.look(Instant::now()), Activity::default());
+        gate.set_bound(Bound::Held, Instant::now());
+        {
+            let mut download = std::pin::pin!(plan.pass(1));
+            let mut checkpoint = std::pin::pin!(serving.pass(1));
+            let mut rewriting = std::pin::pin!(plan.work(1));
+            assert!(futures::poll!(&mut download).is_pending());
+            assert!(futures::poll!(&mut checkpoint).is_pending());
+            assert!(futures::poll!(&mut rewriting).is_pending() && !plan.try_work(1));
+            // Nobody who follows a log waits.
+            assert!(!plan.pass(0).await && !serving.pass(0).await);
+            let activity = gate.look(Instant::now());
+            assert!(activity.moved && activity.held_back && gate.held_back_to().is_some());
+            assert!(plan.rate().is_some() && serving.rate().is_some());
+            gate.set_bound(Bound::Free, Instant::now());
+            assert!(plan.rate().is_none() && serving.rate().is_none());
+            tokio::join!(download, checkpoint, rewriting);
+        }
+        assert!(plan.try_work(1));
+        let activity = gate.look(Instant::now());
+        assert!(activity.moved && !activity.held_back && gate.held_back_to().is_none());
+        let moved = gate.shared.moved.load(Ordering::Relaxed);
+        assert_eq!(moved, 1, "rows, and checkpoints that no plan asks for, are no bytes of a plan");
+    }
+
+    #[tokio::test]
+    async fn work_on_rows_stands_still_in_a_pause() {
+        let gate = BulkGate::default();
+        gate.apply(&paced(&growing(), Asked::Pause));
+        let plan = gate.of(KEYSPACE, PLAN);
+        assert!(!plan.try_work(1));
+        let mut work = std::pin::pin!(plan.work(1));
+        assert!(futures::poll!(&mut work).is_pending());
+        gate.apply(&growing());
+        work.await;
+        assert!(plan.try_work(1));
     }
 }
