@@ -33,6 +33,7 @@ mod stutter;
 pub mod usage;
 mod verify;
 pub mod wordnet;
+mod writer;
 
 pub use binary::{tool, vasto_binary};
 pub use catalog::CatalogDir;
@@ -56,3 +57,4 @@ pub use vasto_testkit::{
     DEADLINE, Numbers, Process, S3Kind, S3Server, cpu_seconds, free_port, run, setting, until,
 };
 pub use verify::{Verified, verify, verify_beside};
+pub use writer::Writer;

@@ -9,6 +9,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, ensure};
 
 fn run(program: &str, args: &[&str]) -> Result<()> {
+    output(program, args).map(drop)
+}
+
+/// Runs a program to its end; returns its output.
+fn output(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(args)
         .output()
@@ -19,7 +24,7 @@ fn run(program: &str, args: &[&str]) -> Result<()> {
         args.join(" "),
         String::from_utf8_lossy(&output.stderr).trim()
     );
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Returns a number that no other network of this process has.
@@ -139,6 +144,16 @@ impl Network {
         Ok(())
     }
 
+    /// Returns the number of packets that the cuts of a host have dropped so far.
+    ///
+    /// # Errors
+    /// When the rules cannot be listed.
+    pub fn dropped(&self, host: usize) -> Result<u64> {
+        let namespace = self.namespace(host);
+        let list = ["netns", "exec", &namespace, "iptables", "-L", "-n", "-v", "-x"];
+        Ok(output("ip", &list)?.lines().filter_map(dropped_by).sum())
+    }
+
     /// Ends all cuts of a host.
     ///
     /// # Errors
@@ -156,6 +171,13 @@ impl Drop for Network {
         }
         let _ = run("ip", &["link", "del", &self.bridge]);
     }
+}
+
+/// Returns the packets that a rule has dropped, from its line in the list of rules.
+fn dropped_by(line: &str) -> Option<u64> {
+    let mut words = line.split_whitespace();
+    let packets = words.next()?.parse().ok()?;
+    (words.nth(1)? == "DROP").then_some(packets)
 }
 
 /// A port of this machine that drops all packets, until it is dropped.
@@ -182,5 +204,25 @@ impl Drop for SilentPort {
             let _ =
                 run("iptables", &["-D", "INPUT", "-p", "tcp", direction, &self.0, "-j", "DROP"]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_packets_of_rules_that_drop_are_counted_and_no_others() {
+        const LIST: &str = "\
+Chain INPUT (policy ACCEPT 812 packets, 90123 bytes)
+    pkts      bytes target     prot opt in     out     source               destination
+      17     1020 DROP       all  --  eth0   *       0.0.0.0/0            0.0.0.0/0
+       9      540 ACCEPT     all  --  lo     *       0.0.0.0/0            0.0.0.0/0
+
+Chain OUTPUT (policy ACCEPT 5 packets, 300 bytes)
+    pkts      bytes target     prot opt in     out     source               destination
+       4      240 DROP       0    --  *      eth0    0.0.0.0/0            0.0.0.0/0
+";
+        assert_eq!(LIST.lines().filter_map(dropped_by).sum::<u64>(), 21);
     }
 }

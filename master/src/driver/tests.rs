@@ -1,7 +1,7 @@
 //! Tests of the driver of a keyspace.
 
 #![allow(clippy::unwrap_used)]
-use super::write::delivery_of;
+use super::write::{delivery_of, failpoints_of};
 use super::*;
 use crate::cluster::Settings;
 use crate::state::Delivery;
@@ -13,10 +13,11 @@ use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{PinnedManifest, PlanKind, Step};
-use vasto_core::reconcile::{MoveOrder, start_resize, undo_seal};
+use vasto_core::reconcile::{MoveOrder, start_moves, start_resize, undo_seal};
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
 };
+use vasto_failpoint::points;
 use vasto_proto::v1;
 use vasto_shipping::{Bucket, CatalogWrite, ClusterSettings, RetryBudget};
 use vasto_testkit::faulty::{Call, Fault, Faulty};
@@ -182,6 +183,29 @@ fn moves_begin_only_while_their_rebalance_runs_and_where_there_is_a_place() {
     assert!(begin(&state, &moves).is_ok());
     state.settings = Arc::new(rebalancing().with_cordon(NodeId(3), true, 8, 2).unwrap());
     assert!(begin(&state, &moves).is_err());
+}
+
+#[test]
+fn the_versions_of_a_move_pass_the_failpoints_of_its_steps() {
+    let before = first(KeyspaceId(1));
+    let order = MoveOrder { shard: ShardId(0), replica: ReplicaId(1), to: NodeId(2) };
+    let mut known = start_moves(&before, &[order], 7, 9, 9).unwrap();
+    assert_eq!(failpoints_of(Some(&before), &known).0, points::MASTER_PREPARE_BEFORE);
+    for (step, point) in [
+        (Step::Tail, points::MASTER_TAIL_BEFORE),
+        (Step::Committed, points::MASTER_COMMITTED_BEFORE),
+    ] {
+        let mut next = known.next(10, 10);
+        next.moves[0].plan.step = step;
+        assert_eq!(failpoints_of(Some(&known), &next).0, point);
+        assert_eq!(failpoints_of(Some(&next), &next.next(11, 11)).0, points::MASTER_REST_BEFORE);
+        known = next;
+    }
+    let ended = Catalog { moves: Vec::new(), ..known.next(12, 12) };
+    assert_eq!(failpoints_of(Some(&known), &ended).0, points::MASTER_REST_BEFORE);
+    assert_eq!(failpoints_of(None, &known).0, points::MASTER_REST_BEFORE);
+    let grows = growing(Step::Committed);
+    assert_eq!(failpoints_of(None, &grows).0, points::MASTER_COMMITTED_BEFORE);
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use tracing::Instrument;
-use vasto_core::catalog::Catalog;
+use vasto_core::catalog::{Catalog, ReplicaMove};
 use vasto_core::ids::{CatalogVersion, ReplicaId};
 use vasto_core::operation::operation_id;
 use vasto_core::plan::Step;
@@ -100,7 +100,8 @@ impl KeyspaceDriver {
 
     /// Puts a version into the bucket, between the failpoints of its step.
     async fn put(&self, next: &Catalog) -> Result<CatalogWrite, Box<dyn Error + Send + Sync>> {
-        let (before, after) = failpoints_of(next);
+        let known = self.known();
+        let (before, after) = failpoints_of(known.as_deref(), next);
         vasto_failpoint::at(before, next.keyspace, ReplicaId(0)).await?;
         let written = self.cluster.store.write(next).await?;
         vasto_failpoint::at(after, next.keyspace, ReplicaId(0)).await?;
@@ -254,20 +255,29 @@ fn end_put<E: Display>(spans: Vec<OpenSpan>, put: Option<&Result<CatalogWrite, E
     }
 }
 
-/// Returns the failpoints before and after the write of a version.
-fn failpoints_of(next: &Catalog) -> (Point, Point) {
-    match &next.plan {
-        Some(plan) => match plan.step {
-            Step::Prepare => (points::MASTER_PREPARE_BEFORE, points::MASTER_PREPARE_AFTER),
-            Step::Tail => (points::MASTER_TAIL_BEFORE, points::MASTER_TAIL_AFTER),
-            Step::Sealing => (points::MASTER_SEALING_BEFORE, points::MASTER_SEALING_AFTER),
-            Step::Committed => (points::MASTER_COMMITTED_BEFORE, points::MASTER_COMMITTED_AFTER),
-        },
+/// Returns the failpoints before and after the write of a version that follows `known`.
+pub(super) fn failpoints_of(known: Option<&Catalog>, next: &Catalog) -> (Point, Point) {
+    let of_plan = next.plan.as_ref().map(|plan| plan.step);
+    match of_plan.or_else(|| step_of_moves(known?, next)) {
+        Some(Step::Prepare) => (points::MASTER_PREPARE_BEFORE, points::MASTER_PREPARE_AFTER),
+        Some(Step::Tail) => (points::MASTER_TAIL_BEFORE, points::MASTER_TAIL_AFTER),
+        Some(Step::Sealing) => (points::MASTER_SEALING_BEFORE, points::MASTER_SEALING_AFTER),
+        Some(Step::Committed) => (points::MASTER_COMMITTED_BEFORE, points::MASTER_COMMITTED_AFTER),
         None if next.quarantines.iter().any(|quarantine| quarantine.dropping) => {
             (points::MASTER_DROPPING_BEFORE, points::MASTER_DROPPING_AFTER)
         }
         None => (points::MASTER_REST_BEFORE, points::MASTER_REST_AFTER),
     }
+}
+
+/// Returns the step that a version brings the plan of a replica's move to; `None` when it leaves all
+/// of them as they are, or ends one.
+fn step_of_moves(known: &Catalog, next: &Catalog) -> Option<Step> {
+    let is_known = |moving: &ReplicaMove| {
+        let mut all = known.moves.iter();
+        all.any(|other| other.id() == moving.id() && other.plan.step == moving.plan.step)
+    };
+    next.moves.iter().find(|moving| !is_known(moving)).map(|moving| moving.plan.step)
 }
 
 /// Returns how a version that this master wrote is delivered: one that seals and took too long to

@@ -12,6 +12,14 @@ use super::{Cluster, FAILPOINTS, Port, Server};
 use crate::front::Front;
 use crate::netns::Network;
 
+/// Errors that servers tell of when anything at all fails around them.
+const TOLD: [&str; 4] = [
+    "could not be applied",
+    "the target cannot be built",
+    "the replica does not open",
+    "shipping failed",
+];
+
 /// Settings of a cluster to start.
 #[derive(Debug, Clone)]
 pub struct ClusterBuilder {
@@ -104,6 +112,13 @@ impl ClusterBuilder {
     /// Allows all log lines of level WARN: the test injects faults that processes have to tell of.
     pub fn allow_warnings(self) -> Self {
         self.allow("\"level\":\"WARN\"")
+    }
+
+    /// Allows what servers tell of when anything at all fails around them: all warnings, and some
+    /// errors.
+    pub fn tells_of_faults(mut self) -> Self {
+        self.allowed.extend(TOLD.map(str::to_owned));
+        self.allow_warnings()
     }
 
     /// Lets nodes and clients find the master behind this front.

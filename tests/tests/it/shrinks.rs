@@ -261,6 +261,41 @@ async fn what_was_deleted_after_a_cancelled_shrink_stays_deleted_after_the_next(
     cluster.finish().await
 }
 
+/// Rows are deleted, and the deletes forgotten, while the shard that they left still keeps them; it
+/// gets the rows of the others back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_deleted_within_the_quarantine_of_a_grow_stays_deleted_after_a_shrink()
+-> Result<()> {
+    const ROWS: u64 = 600;
+    let cluster = Cluster::builder().nodes(3).keeps_no_garbage().start().await?;
+    let options = ["--replicas", "2", "--quarantine", "1h", "--tombstone-grace", "1s"];
+    cluster.create("kept", 1, &options).await?;
+    let keyspace = cluster.keyspace("kept").await?;
+    put_all(&keyspace, "goes", ROWS).await?;
+    println!("{}", resized(&cluster.resize("kept", 3).await?));
+    let last = delete_all(&keyspace, "goes", ROWS).await?;
+    // Every shard has something newer than the deletes, so that its floor rises above them.
+    put_all(&keyspace, "stays", 500).await?;
+    floors_above(&cluster, "kept", last).await?;
+    cluster.json(&["keyspace", "compact", "kept"]).await?;
+    cluster.json(&["bucket", "gc"]).await?;
+    let tip = cluster.catalog("kept").await?.tip()?;
+    ensure!(!tip.quarantines.is_empty(), "nothing is kept: this shows nothing");
+    let early = cluster.vasto(&["keyspace", "resize", "kept", "--shards", "1"]).await?;
+    early.refused(1, &["still keep rows that left them in an earlier grow", "--end-quarantine"])?;
+    let shrink = ["keyspace", "resize", "kept", "--shards", "1", "--end-quarantine"];
+    println!("{}", resized(&cluster.json(&shrink).await?));
+    for when in ["after the shrink", "after a compaction"] {
+        let back = ROWS as usize - missing(&keyspace, "goes", ROWS).await?;
+        ensure!(back == 0, "{when}: {back} deleted rows are back");
+        ensure!(missing(&keyspace, "stays", 500).await? == 0, "{when}");
+        let keys = converged(&cluster, "kept").await?;
+        ensure!(keys == 500, "{when}: {keys} rows");
+        cluster.json(&["keyspace", "compact", "kept"]).await?;
+    }
+    cluster.finish().await
+}
+
 fn now() -> String {
     #[allow(clippy::disallowed_methods)]
     jiff::Timestamp::now().to_string()
