@@ -153,9 +153,8 @@ impl Scene<'_> {
         let rows = rows_of(self.args.gib);
         let Self { values, keyspace, .. } = &*self;
         values.overwrite(keyspace, rows, CHECKPOINT_SHARE, &mut numbers).await?;
-        tokio::time::sleep(REPORTED).await;
-        let before = self.stage.bytes_written().await?;
         let calm = self.calm().await?;
+        let before = self.stage.bytes_written().await?;
         let (cpu, phase, began) = (self.stage.cpu()?, self.clients.begin(), Instant::now());
         self.stage.vasto.checkpoint_keyspace(NAME).await?;
         let seconds = began.elapsed().as_secs_f64();
