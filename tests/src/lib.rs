@@ -7,13 +7,16 @@
 //! **Invariant:** no function here waits for time to pass: every wait is for a condition and has a
 //! deadline. Every started process is ended, also when a test panics or is killed.
 
+pub mod bench;
 mod binary;
 mod catalog;
 mod cluster;
 mod command;
 mod counters;
 mod crowd;
+mod figures;
 mod front;
+mod full_writes;
 mod history;
 mod hosts;
 mod kept;
@@ -24,6 +27,7 @@ mod load;
 mod logs;
 pub mod netns;
 mod proxy;
+mod raw;
 pub mod records;
 mod relay;
 pub mod replicas;
@@ -41,7 +45,9 @@ pub use cluster::{Cluster, ClusterBuilder, Port};
 pub use command::{Ran, resized};
 pub use counters::{Compared, Counters, Increments};
 pub use crowd::{Crowd, Traffic};
+pub use figures::{median, percentile};
 pub use front::Front;
+pub use full_writes::{FullLosses, FullWrites, FullWritten, SHARDS as FULL_WRITES_SHARDS};
 pub use history::{History, KeyHistory, Seen, is_delete, key_of, number_of, value_of};
 pub use hosts::Hosts;
 pub use kept::{Ended, Kept};
@@ -49,6 +55,7 @@ pub use keys::{missing, put_all, put_each};
 pub use link::Link;
 pub use load::{Load, LoadSpec, LoadSummary, preload};
 pub use proxy::Proxy;
+pub use raw::{RawDownload, download_raw, newest_manifest};
 pub use relay::{KillPoint, KillTime, Relay};
 pub use resizing::Resizing;
 pub use rows::{Rows, rows, same};

@@ -14,14 +14,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt};
-use object_store::ObjectStoreExt;
 use serde_json::Value;
 use vasto_client::{Ack, Batch, Keyspace};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
-use vasto_shipping::{Bucket, BucketOptions, layout};
+use vasto_shipping::{Bucket, BucketOptions};
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Numbers, S3Kind, S3Server, Seen, cpu_seconds,
-    key_of, number_of, setting, until,
+    Cluster, DEADLINE, History, Load, LoadSpec, Numbers, RawDownload, S3Kind, S3Server, Seen,
+    cpu_seconds, download_raw, key_of, newest_manifest, number_of, setting, until,
 };
 
 const VALUE_BYTES: usize = 16 << 10;
@@ -245,10 +244,8 @@ async fn replacement(s3: Option<&S3Server>) -> Result<()> {
     // number of concurrent requests.
     let bucket = bucket(s3, &cluster)?;
     let dir = tempfile::tempdir()?;
-    let began = Instant::now();
     let raw = download(&bucket, &cluster, dir.path()).await?;
-    let raw_seconds = began.elapsed().as_secs_f64();
-    let (ours, plain) = (mib(bytes) / seconds, mib(raw) / raw_seconds);
+    let (ours, plain) = (mib(bytes) / seconds, mib(raw.bytes) / raw.seconds);
     println!(
         "replacement of a dead node, {:.0} MiB from the bucket in {seconds:.1} s: {ours:.0} MiB/s",
         mib(bytes)
@@ -279,44 +276,15 @@ async fn replacement(s3: Option<&S3Server>) -> Result<()> {
 }
 
 /// Downloads the SSTs of the shard's newest checkpoint, from the replica that was replaced.
-async fn download(bucket: &Bucket, cluster: &Cluster, dir: &Path) -> Result<u64> {
+async fn download(bucket: &Bucket, cluster: &Cluster, dir: &Path) -> Result<RawDownload> {
     let described = cluster.json(&["keyspace", "describe", "bulk"]).await?;
     let keyspace = described["keyspace_id"].as_u64().context("no keyspace_id")?;
     let all = described["placement"][0]["replicas"].as_array().context("no replicas")?.clone();
     let left = all.iter().find(|one| one["state"] == "draining").context("nobody has left")?;
     let source = ReplicaId(left["replica_id"].as_u64().context("no replica_id")?);
-    let prefix = layout::replica_prefix(KeyspaceId(keyspace), ShardId(0), source);
-    let objects = bucket.list(&prefix).await?;
-    let newest =
-        objects.iter().filter(|one| one.key.contains("/checkpoint/")).map(|one| &one.key).max();
-    let manifest = bucket.get(newest.context("no checkpoint")?).await?.context("no manifest")?;
-    let manifest = vasto_shipping::Manifest::decode(&manifest)?;
-    let root = cluster
-        .bucket()
-        .strip_prefix("s3://")
-        .and_then(|rest| rest.split_once('/'))
-        .map_or("", |(_, root)| root);
-    let store = bucket.raw_store();
-    let sizes = futures::stream::iter(manifest.files)
-        .map(|file| {
-            let (store, path) = (store.clone(), dir.join(format!("{}.sst", file.file_number)));
-            let key = if root.is_empty() { file.key } else { format!("{root}/{}", file.key) };
-            async move {
-                let body = store.get(&object_store::path::Path::from(key)).await?.bytes().await?;
-                let bytes = body.len() as u64;
-                let write = move || {
-                    let mut file = std::fs::File::create(path)?;
-                    std::io::Write::write_all(&mut file, &body)?;
-                    file.sync_all()
-                };
-                tokio::task::spawn_blocking(write).await??;
-                anyhow::Ok(bytes)
-            }
-        })
-        .buffer_unordered(PARALLEL)
-        .try_collect::<Vec<u64>>()
-        .await?;
-    Ok(sizes.into_iter().sum())
+    let manifest = newest_manifest(bucket, KeyspaceId(keyspace), ShardId(0), source).await?;
+    let keys: Vec<String> = manifest.files.into_iter().map(|file| file.key).collect();
+    download_raw(bucket, &keys, dir).await
 }
 
 /// Measures the writes lost with the only node while clients write.

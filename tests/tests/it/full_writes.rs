@@ -4,13 +4,10 @@
 //! `VASTO_FULL_WRITES` sets how often a keyspace grows and shrinks (2).
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
-use tokio::task::JoinSet;
-use vasto_client::{Batch, Keyspace};
 use vasto_core::ErrorCode;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::ShardId;
@@ -21,86 +18,9 @@ use vasto_proto::v1::{KeyRef, Put, WriteOp, WriteRequest, write_op};
 use vasto_testkit::http_store::HttpStore;
 use vasto_tests::replicas::{Direct, converged};
 use vasto_tests::{
-    Cluster, DEADLINE, History, Load, LoadSpec, Process, Resizing, preload, resized, setting, tool,
-    until, verify,
+    Cluster, DEADLINE, FULL_WRITES_SHARDS, FullWrites, History, Load, LoadSpec, Process, Resizing,
+    percentile, preload, resized, setting, tool, until, verify,
 };
-
-/// Shards of the keyspace while it is small, and while it is large.
-const SHARDS: (u32, u32) = (2, 4);
-/// Batches that are in flight at a time.
-const WRITERS: u64 = 48;
-/// Keys in a batch.
-const BATCH: u64 = 200;
-/// Bytes of a value.
-const VALUE_BYTES: usize = 100;
-/// Returns whether a key changes its shard whenever the keyspace changes its size.
-fn moves(key: &str) -> bool {
-    jump(partition_hash(key.as_bytes()), SHARDS.1).shard.0 >= SHARDS.0
-}
-
-/// Returns the moving keys of a writer, which writes them all in one batch.
-fn keys_of(writer: u64) -> Vec<String> {
-    let keys = (0u64..).map(|n| format!("full-{writer}-{n}"));
-    keys.filter(|key| moves(key)).take(BATCH as usize).collect()
-}
-
-fn value_of(round: u64) -> String {
-    format!("{round:0VALUE_BYTES$}")
-}
-
-/// Writers that overwrite their moving keys, all at once and again and again.
-struct Full {
-    stop: Arc<AtomicBool>,
-    acked: Arc<AtomicU64>,
-    longest_us: Arc<AtomicU64>,
-    writers: JoinSet<Result<(u64, u64)>>,
-}
-
-impl Full {
-    fn start(keyspace: &Keyspace) -> Self {
-        let mut full = Self {
-            stop: Arc::default(),
-            acked: Arc::default(),
-            longest_us: Arc::default(),
-            writers: JoinSet::new(),
-        };
-        for writer in 0..WRITERS {
-            let (keyspace, stop) = (keyspace.clone(), full.stop.clone());
-            let (acked, longest_us) = (full.acked.clone(), full.longest_us.clone());
-            full.writers.spawn(async move {
-                let keys = keys_of(writer);
-                let mut round = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    round += 1;
-                    let mut batch = Batch::new();
-                    for key in &keys {
-                        batch = batch.put(key.as_str(), value_of(round));
-                    }
-                    let began = Instant::now();
-                    let written = keyspace.write(batch).await;
-                    written.with_context(|| format!("batch {round} of writer {writer}"))?;
-                    longest_us.fetch_max(began.elapsed().as_micros() as u64, Ordering::Relaxed);
-                    acked.fetch_add(keys.len() as u64, Ordering::Relaxed);
-                }
-                Ok((writer, round))
-            });
-        }
-        full
-    }
-
-    /// Waits until so many more keys were written.
-    async fn goes_on(&self, keys: u64) -> Result<()> {
-        let aim = self.acked.load(Ordering::Relaxed) + keys;
-        let reached = async || (self.acked.load(Ordering::Relaxed) >= aim).then_some(());
-        until("the writers to go on", DEADLINE, reached).await
-    }
-
-    /// Stops the writers, none of which has seen an error; returns the last round of each.
-    async fn stop(self) -> Result<Vec<(u64, u64)>> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.writers.join_all().await.into_iter().collect()
-    }
-}
 
 /// What was measured in one resize.
 struct Measured {
@@ -109,38 +29,32 @@ struct Measured {
     writes_per_s: f64,
 }
 
-async fn resize(cluster: &Cluster, full: &Full, to: u32) -> Result<Measured> {
-    full.longest_us.store(0, Ordering::Relaxed);
-    let (before, began) = (full.acked.load(Ordering::Relaxed), Instant::now());
+async fn resize(cluster: &Cluster, full: &FullWrites, to: u32) -> Result<Measured> {
+    full.take_longest();
+    let (before, began) = (full.acked(), Instant::now());
     let report = cluster.resize("full", to).await?;
     ensure!(report["state"] == "done", "{report}");
-    let written = full.acked.load(Ordering::Relaxed) - before;
-    let writes_per_s = written as f64 / began.elapsed().as_secs_f64();
+    let writes_per_s = (full.acked() - before) as f64 / began.elapsed().as_secs_f64();
     let pause = |name: &str| report["write_pause_ms"][name].as_f64().context("no pause");
     println!(
         "{}; {writes_per_s:.0} writes/s, the longest took {} ms",
         resized(&report),
-        full.longest_us.load(Ordering::Relaxed) / 1_000
+        full.take_longest().as_millis()
     );
     Ok(Measured { p50_ms: pause("p50")?, p99_ms: pause("p99")?, writes_per_s })
-}
-
-/// Returns the smallest value that this part of all does not exceed.
-fn at(mut values: Vec<f64>, part: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[((values.len() as f64 * part).ceil() as usize).clamp(1, values.len()) - 1]
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn resizes_under_full_writes_to_the_moving_keys_lose_nothing_and_fail_nobody() -> Result<()> {
     let repeats = setting("VASTO_FULL_WRITES", 1);
+    let (few, many) = FULL_WRITES_SHARDS;
     let cluster = Cluster::builder().nodes(2).keeps_no_garbage().start().await?;
-    cluster.create("full", SHARDS.0, &["--ack", "os", "--quarantine", "1s"]).await?;
+    cluster.create("full", few, &["--ack", "os", "--quarantine", "1s"]).await?;
     let keyspace = cluster.keyspace("full").await?;
-    let full = Full::start(&keyspace);
+    let full = FullWrites::start(&keyspace);
     let mut measured = Vec::new();
     for repeat in 0..repeats {
-        for to in [SHARDS.1, SHARDS.0] {
+        for to in [many, few] {
             full.goes_on(20_000).await?;
             let what = || format!("repeat {repeat}, to {to} shards");
             measured.push(resize(&cluster, &full, to).await.with_context(what)?);
@@ -149,22 +63,19 @@ async fn resizes_under_full_writes_to_the_moving_keys_lose_nothing_and_fail_nobo
         // The chunks of a long run would fill the disk.
         cluster.json(&["bucket", "gc"]).await?;
     }
-    let rounds = full.stop().await?;
+    let written = full.stop().await;
     let figures = |figure: fn(&Measured) -> f64| measured.iter().map(figure).collect::<Vec<_>>();
-    let (p50, p99) = (at(figures(|one| one.p50_ms), 0.5), at(figures(|one| one.p99_ms), 0.99));
     println!(
-        "{} resizes: pause p50 {p50:.1} ms, p99 {p99:.1} ms, {:.0} writes/s to moving keys",
+        "{} resizes: pause p50 {:.1} ms, p99 {:.1} ms, {:.0} writes/s to moving keys",
         measured.len(),
-        at(figures(|one| one.writes_per_s), 0.5)
+        percentile(figures(|one| one.p50_ms), 0.5),
+        percentile(figures(|one| one.p99_ms), 0.99),
+        percentile(figures(|one| one.writes_per_s), 0.5)
     );
-    for (writer, round) in rounds {
-        ensure!(round > 0, "writer {writer} has written nothing");
-        let keys = keys_of(writer);
-        for (key, value) in keys.iter().zip(keyspace.get_many(&keys).await?) {
-            let value = value.with_context(|| format!("{key} is missing"))?.bytes();
-            ensure!(value == value_of(round).as_bytes(), "{key} is {value:?}, not {round}");
-        }
-    }
+    ensure!(written.failed == 0, "clients saw errors: {:?}", written.errors);
+    ensure!(written.idle() == 0, "{} writers have written nothing", written.idle());
+    let losses = written.losses(&keyspace).await?;
+    ensure!(losses.lost + losses.strange == 0, "writes are lost: {losses:?}");
     converged(&cluster, "full").await?;
     cluster.finish().await
 }

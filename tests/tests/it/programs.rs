@@ -7,7 +7,11 @@ use anyhow::{Result, ensure};
 
 #[test]
 fn programs_answer_help_and_refuse_what_they_do_not_know() -> Result<()> {
-    for program in [env!("CARGO_BIN_EXE_vasto-bench-bucket"), env!("CARGO_BIN_EXE_vasto-demo")] {
+    for program in [
+        env!("CARGO_BIN_EXE_vasto-bench-bucket"),
+        env!("CARGO_BIN_EXE_vasto-bench-changes"),
+        env!("CARGO_BIN_EXE_vasto-demo"),
+    ] {
         let began = Instant::now();
         let help = Command::new(program).arg("--help").output()?;
         let text = String::from_utf8_lossy(&help.stdout);

@@ -32,7 +32,7 @@ const FRAME_BYTES: usize = 1 << 20;
 /// Frames that may be buffered for a slow reader. Few: they are behind the position up to which the
 /// log counts as sent, and a reader takes them all while the source is sealed.
 const FRAMES_AHEAD: usize = 2;
-/// Minimum interval of progress frames without records.
+/// Minimum interval of progress frames without records; a seal is not waited for so long.
 const QUIET_FRAME: Duration = Duration::from_millis(10);
 
 /// The frames of a tail.
@@ -87,6 +87,7 @@ async fn stream(
     frames: &Sender<Result<v1::TailFrame, Status>>,
 ) -> Result<(), Status> {
     let mut synced = replica.log().subscribe();
+    let mut changes = replica.changes();
     // Reports how far behind the reader is, also when the log is idle.
     let hello = v1::TailFrame {
         records: Vec::new(),
@@ -99,6 +100,7 @@ async fn stream(
     }
     loop {
         synced.borrow_and_update();
+        changes.borrow_and_update();
         let head = replica.log().synced_lsn();
         let (back, batch) = tokio::task::spawn_blocking(move || {
             let batch = read_filtered(&mut reader, filter);
@@ -121,7 +123,9 @@ async fn stream(
                 return Ok(());
             }
             if quiet {
-                tokio::time::sleep(QUIET_FRAME).await;
+                // Writers wait for this reader to reach a seal, whose record is synced before the
+                // change is published.
+                let _ = tokio::time::timeout(QUIET_FRAME, changes.changed()).await;
             }
             continue;
         }

@@ -228,3 +228,38 @@ async fn a_source_knows_how_far_its_slowest_reader_is_behind() {
     drop(frames);
     wait_for("the reader to leave", || unread().is_none());
 }
+
+/// A tail without rows for its reader pauses between its frames. Writers wait for the reader to reach
+/// a seal: it must not come a pause later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_seal_does_not_wait_for_the_next_quiet_frame() {
+    let rig = Rig::of(ShardId(0), ReplicaId(1), 1, RangeState::Owned);
+    let replica = rig.create();
+    let registry = Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1));
+    registry.add_replica(replica.clone());
+    let begin = replica.settled_lsn();
+    let mut frames = tail::serve(&registry, &tail_of(&replica, begin)).unwrap();
+    let mut quick = 0;
+    for round in 0..100u64 {
+        let written = replica.clone();
+        let write = move || write_one(&written, put(&staying(), &round.to_string()));
+        tokio::task::spawn_blocking(write).await.unwrap();
+        let quiet = replica.settled_lsn();
+        while frames.next().await.unwrap().unwrap().covered_lsn < quiet.0 {}
+        let began = Instant::now();
+        let version = CatalogVersion(5 + 2 * round);
+        let seal = Control::Seal { plan: PlanId(1), version, range: MOVING };
+        let sealed = replica.control(seal).await.unwrap();
+        let sealed_after = began.elapsed();
+        while frames.next().await.unwrap().unwrap().covered_lsn < sealed.0 {}
+        // The pause is 10 ms. A round in which the machine had other things to do says nothing.
+        let told = sealed_after < Duration::from_millis(2);
+        quick += u32::from(told && began.elapsed() < Duration::from_millis(5));
+        if quick == 5 {
+            return;
+        }
+        let version = CatalogVersion(6 + 2 * round);
+        replica.control(Control::Unseal { version }).await.unwrap();
+    }
+    panic!("the reader was sent a seal at once only {quick} times of 100");
+}
