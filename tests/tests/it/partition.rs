@@ -1,13 +1,20 @@
-//! Networks that are cut: both sides continue, and converge after the cut heals.
+//! Networks that are cut: both sides continue, and converge after the cut heals; a change of the number
+//! of shards does not commit over a cut.
 
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
 use vasto_client::Vasto;
+use vasto_core::catalog::Placed;
+use vasto_core::hash::{jump, partition_hash};
+use vasto_core::ids::ShardId;
+use vasto_proto::v1::reply::Result as Reply;
+use vasto_proto::v1::request::Op;
+use vasto_proto::v1::{KeyRef, Put, WriteOp, WriteRequest, write_op};
 use vasto_tests::netns::{SilentPort, available};
-use vasto_tests::replicas::converged_by;
-use vasto_tests::{Cluster, DEADLINE, Hosts, Port, Process, setting, tool, until};
+use vasto_tests::replicas::{Direct, converged_by};
+use vasto_tests::{Cluster, DEADLINE, Hosts, Port, Process, put_all, setting, tool, until};
 
 /// Starts a writer in the namespace of a host; its keys are the same as those of other writers, its
 /// values differ.
@@ -80,6 +87,65 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
         let sides = [format!("side0:{n}"), format!("side1:{n}")];
         ensure!(sides.iter().any(|side| side.as_bytes() == value), "k{n} holds {value:?}");
     }
+    hosts.end().await
+}
+
+fn put(key: &str) -> Op {
+    let put = Put { value: "by choice".into(), ..Put::default() };
+    let op = WriteOp {
+        key: Some(KeyRef { key: key.to_owned().into(), partition_hash: None }),
+        event_time: None,
+        op: Some(write_op::Op::Put(put)),
+    };
+    Op::Write(WriteRequest { ops: vec![op], ..WriteRequest::default() })
+}
+
+/// The source of a grow and its follower are cut from each other, and clients that chose the follower
+/// are served there: nobody commits before the source holds what the follower took.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grow_does_not_commit_while_the_source_lacks_what_its_follower_took() -> Result<()> {
+    let hosts = Hosts::start(&["default"; 4]).await?;
+    hosts.vasto(&["keyspace", "create", "cut", "--shards", "1", "--replicas", "2"]).await?;
+    let keyspace = Vasto::connect(&hosts.master).await?.keyspace("cut").await?;
+    put_all(&keyspace, "before", 500).await?;
+    let catalog = hosts.catalog();
+    converged_by(&catalog, async || hosts.vasto(&["cluster", "status"]).await).await?;
+    let before = catalog.tip()?;
+    let host = |member: &Placed| hosts.host_of(&member.node.to_string());
+    let replicas = &before.placement[0].replicas;
+    let (source, follower) = (host(&replicas[0])?, host(&replicas[1])?);
+    hosts.network.cut_between(source, follower)?;
+    let address = format!("{}:7000", hosts.network.address(Some(follower)));
+    let mut chosen = Direct::connect(&address, &before, ShardId(0)).await?;
+    let moves = |name: &String| jump(partition_hash(name.as_bytes()), 2).shard == ShardId(1);
+    let names: Vec<String> = (0..).map(|n| format!("chosen{n}")).filter(moves).take(50).collect();
+    for name in &names {
+        let taken = chosen.ask(put(name)).await?;
+        ensure!(matches!(taken, Reply::Write(_)), "the follower answers {taken:?}");
+    }
+    let grow = ["keyspace", "resize", "cut", "--shards", "2"];
+    hosts.vasto(&[&grow[..], &["--no-wait"][..]].concat()).await?;
+    let sealed = until("a seal that is undone, or a commit", DEADLINE, async || {
+        let tip = catalog.tip().ok()?;
+        let is_undone = tip.plan.as_ref().is_some_and(|plan| plan.seals_undone > 0);
+        (is_undone || tip.spec.shards == 2).then_some(tip)
+    })
+    .await
+    .with_context(|| format!("{:?}", catalog.tip().map(|tip| tip.plan)))?;
+    ensure!(sealed.spec.shards == 1, "it committed: {:?}", sealed.plan);
+    for host in [source, follower] {
+        hosts.network.heal(host)?;
+    }
+    let ended = until("the end of the grow", DEADLINE, async || {
+        catalog.tip().ok().filter(|tip| tip.plan.is_none())
+    })
+    .await
+    .with_context(|| format!("{:?}", catalog.tip().map(|tip| tip.plan)))?;
+    if ended.spec.shards == 1 {
+        hosts.vasto(&grow).await?;
+    }
+    let lost = keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count();
+    ensure!(lost == 0, "{lost} of {} acknowledged writes are lost", names.len());
     hosts.end().await
 }
 

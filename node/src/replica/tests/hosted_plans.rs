@@ -2,6 +2,7 @@
 //! says so.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,16 +13,22 @@ use vasto_core::plan::Step;
 use vasto_core::reconcile::start_resize;
 use vasto_core::record::{BandRange, RangeState};
 use vasto_failpoint::{Action, Order, points};
+use vasto_proto::v1;
 
 use super::hosts::{Hosted, left, placed_again};
 use super::replicator::shard_on;
 use super::support::*;
+use crate::build::resize::tail;
 use crate::manager::Manager;
 use crate::node_dir::NodeDir;
 use crate::replica::command::{Control, Role};
 
 /// Long enough for a host to do what it should not.
 const A_WHILE: Duration = Duration::from_millis(300);
+/// Longer than a tail that does not catch up is watched before writers are slowed down.
+const WATCHED: Duration = Duration::from_millis(2_500);
+/// Interval of writes of a MiB each: more than the least rate to which writers are slowed down.
+const WRITES: Duration = Duration::from_millis(50);
 
 fn in_step(catalog: &Catalog, step: Step) -> Catalog {
     let mut next = catalog.next(START_US, 9);
@@ -181,5 +188,51 @@ async fn a_source_that_is_held_before_its_seal_has_not_sealed_and_seals_when_it_
         host.report().source.is_some_and(|source| source.sealed.is_some())
     })
     .await;
+    host.stop_to_discard().await;
+}
+
+/// The reader of a tail takes nothing, and moving keys are written: their writers wait for it. Nobody
+/// does in a pause, nor once the keys are sealed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn writers_are_slowed_down_for_the_tails_of_a_plan_that_is_neither_paused_nor_sealed() {
+    let (hosted, catalog) = (Hosted::new(), shard_on(1));
+    let host = hosted.start(&catalog);
+    let replica = hosted.replica().await;
+    let growing = start_resize(&catalog, 2, &[vec![NodeId(3)]], START_US, 2).unwrap();
+    let mut paused = in_step(&growing, Step::Tail);
+    paused.plan.as_mut().unwrap().paused = true;
+    host.apply_catalog(Arc::new(paused.clone()));
+    until("the version to be applied", || replica.version() == paused.version).await;
+    let request = v1::TailRequest {
+        keyspace_id: KEYSPACE.0,
+        replica_id: replica.id.0,
+        after_lsn: replica.settled_lsn().0,
+        final_shard: 1,
+        final_shards: 2,
+    };
+    let _frames = tail::serve(&hosted.context.registry, &request).unwrap();
+    let stop = Arc::new(AtomicBool::new(false));
+    let writing = tokio::task::spawn_blocking({
+        let (replica, stop, value) = (replica.clone(), stop.clone(), "v".repeat(64 << 10));
+        let keys = keys_in(BandRange::from(Band::leaving(1, 2)).first, "m", 16);
+        move || {
+            while !stop.load(Ordering::Relaxed) {
+                write(&replica, keys.iter().map(|key| put(key, &value)).collect());
+                std::thread::park_timeout(WRITES);
+            }
+        }
+    });
+    let slowed = || host.report().source.is_some_and(|source| source.throttle.is_some());
+    tokio::time::sleep(WATCHED).await;
+    assert!(!slowed() && !replica.throttle().slows(), "the plan is paused");
+    let mut running = paused.next(START_US, 10);
+    running.plan.as_mut().unwrap().paused = false;
+    host.apply_catalog(Arc::new(running.clone()));
+    until("writers to be slowed down", || slowed() && replica.throttle().slows()).await;
+    stop.store(true, Ordering::Relaxed);
+    writing.await.unwrap();
+    assert!(replica.throttle().slows(), "the reader has still taken nothing");
+    host.apply_catalog(Arc::new(in_step(&running, Step::Sealing)));
+    until("writers to be let go", || !slowed() && !replica.throttle().slows()).await;
     host.stop_to_discard().await;
 }

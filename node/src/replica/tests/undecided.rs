@@ -305,6 +305,31 @@ async fn an_undo_with_an_unknown_outcome_is_settled_by_the_bucket() {
     }
 }
 
+/// The bucket answers reads and takes no write: an undoing that failed may never have arrived.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_undo_that_may_not_have_been_written_is_not_applied() {
+    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
+    let store = CatalogStore::new(bucket.without_faults());
+    let first = keyspace(1);
+    let sealed = sealing(&first);
+    write_all(&store, &[&first, &sealed]).await;
+    let node = Member::start(1, dir.path(), bucket.bucket()).await;
+    node.apply(&first).await;
+    let replica = node.replica(1).await;
+    bucket.fail(Call::Put, Fault::UnknownBefore, u32::MAX);
+    node.seal(&sealed, &replica).await;
+    until("the write to fail", || {
+        !node.registry.undecided().is_empty() || node.version() > sealed.version.0
+    })
+    .await;
+    assert_eq!((node.version(), version(&store, 3).await), (2, None));
+    assert!(replica.ranges().seal.is_some(), "nothing is opened on a guess");
+    bucket.heal();
+    until("the seal to be undone", || replica.ranges().seal.is_none()).await;
+    assert_eq!(*node.registry.catalog(KEYSPACE).unwrap(), version(&store, 3).await.unwrap());
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_restarts_sealed_looks_at_once_and_undoes_no_sooner() {
     for decided in [true, false] {
