@@ -61,6 +61,8 @@ pub(crate) struct ClusterState {
     pub(crate) settings: Arc<ClusterSettings>,
     /// How far the running rebalance has come.
     pub(crate) rebalance: RebalanceLook,
+    /// Seconds of the last writes of catalog versions, averaged; `None` before the first one.
+    pub(crate) write_seconds: Option<f64>,
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) examined: std::cell::Cell<u64>,
@@ -85,6 +87,13 @@ impl ClusterState {
     /// Returns true while the node has a live session.
     pub(crate) fn is_live(&self, node: NodeId) -> bool {
         self.nodes.get(&node).is_some_and(Node::is_live)
+    }
+
+    /// Notes how long the write of a catalog version took.
+    pub(crate) fn note_write(&mut self, took: Duration) {
+        let took = took.as_secs_f64();
+        let before = self.write_seconds.unwrap_or(took);
+        self.write_seconds = Some((before + took) / 2.0);
     }
 
     /// Returns every node that registered, and every node that only the catalogs name.

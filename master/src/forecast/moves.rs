@@ -7,7 +7,7 @@ use vasto_core::balance::Move;
 
 use super::Forecast;
 use super::size::{gets, puts};
-use super::time::{MOVE_SECONDS, Paces, SideBySide};
+use super::time::{MOVE, Paces, SideBySide};
 
 /// Returns the forecast of a rebalance that makes these moves; it names no sources.
 pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
@@ -22,7 +22,7 @@ pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
                 // The checkpoint that its source makes: a manifest and what is new.
                 forecast.puts += 2;
                 *forecast.disk.entry(to).or_default() += bytes;
-                let seconds = MOVE_SECONDS + bytes as f64 / paces.at(Some(to)).download;
+                let seconds = paces.fixed(MOVE) + bytes as f64 / paces.at(Some(to)).download;
                 at_nodes.add(Some(to), seconds);
             }
             Move::Primary { to, bytes, .. } => {
@@ -63,7 +63,7 @@ mod tests {
         assert_eq!(forecast.puts, 3 * 2 + (1 + 1));
         assert_eq!(forecast.disk[&NodeId(4)], 200 * MIB);
         // At the assumed 200 MiB a second.
-        assert_eq!(forecast.seconds, 2.0 * MOVE_SECONDS + 1.0);
+        assert_eq!(forecast.seconds, 2.0 * 3.0 + 1.0);
         assert_eq!(moves(&[], &Paces::default()), Forecast::default());
     }
 }

@@ -12,7 +12,7 @@ use vasto_core::record::BandRange;
 use vasto_core::report::{ReplicaReport, Reports};
 
 use super::size::{export_manifest_bytes, gets, manifest_bytes, puts, tables};
-use super::time::{GROW_SECONDS, Paces, SHRINK_SECONDS, SideBySide};
+use super::time::{GROW, Paces, SHRINK, SideBySide};
 use super::{Forecast, Source};
 
 /// Bytes on the disk of a target for each byte that it receives: the download, and the tables
@@ -113,7 +113,7 @@ pub(crate) fn resize(
     for takes in shape.receivers(catalog, plan) {
         take(&takes, &gives, shape, paces, &mut at_targets, &mut forecast);
     }
-    let fixed = if shape.shrinks() { SHRINK_SECONDS } else { GROW_SECONDS };
+    let fixed = paces.fixed(if shape.shrinks() { SHRINK } else { GROW });
     forecast.seconds = fixed + at_sources.seconds() + at_targets.seconds();
     forecast
 }

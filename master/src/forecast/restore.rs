@@ -11,7 +11,7 @@ use vasto_shipping::Weight;
 
 use super::copies::Weighed;
 use super::size::{database_list_bytes, gets, puts};
-use super::time::{Paces, RESTORE_SECONDS, SideBySide};
+use super::time::{Paces, RESTORE, SideBySide};
 use super::{Forecast, Source};
 use crate::state::ClusterState;
 
@@ -97,7 +97,7 @@ pub(crate) fn restore(
             *forecast.disk.entry(node).or_default() += bytes;
         }
     }
-    forecast.seconds = RESTORE_SECONDS + at_sources.seconds() + at_targets.seconds();
+    forecast.seconds = paces.fixed(RESTORE) + at_sources.seconds() + at_targets.seconds();
     forecast
 }
 

@@ -66,7 +66,7 @@ fn a_shrink_moves_all_of_its_retiring_shards_to_every_replica_of_the_others() {
     assert_eq!(disk(&forecast), [(1, 120), (2, 120), (3, 120), (4, 120), (5, 120)]);
     assert_eq!(forecast.moving_fraction, Some(1.0 / 3.0));
     // 120 MiB are exported at 100 MiB/s; 60 are read at 200, rewritten at 80 and shipped at 200.
-    assert!((forecast.seconds - (2.0 + 1.2 + 0.3 + 0.75 + 0.3)).abs() < 0.01, "{forecast:?}");
+    assert!((forecast.seconds - (1.0 + 1.2 + 0.3 + 0.75 + 0.3)).abs() < 0.01, "{forecast:?}");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! How long work takes: at the rates that the nodes have measured, side by side on all of them.
 //!
 //! **Invariant:** a rate that a node has not measured is that of the others; one that none has
-//! measured is assumed.
+//! measured is assumed. Requests that wait for each other count with the time that the bucket takes.
 
 use std::collections::BTreeMap;
 
@@ -27,21 +27,33 @@ const ASSUMED: Rates = Rates {
     upload: (200 << 20) as f64,
 };
 
-/// The versions, rounds and looks of a grow; of a shrink, which agrees on a floor first.
-pub(super) const GROW_SECONDS: f64 = 1.0;
-pub(super) const SHRINK_SECONDS: f64 = 2.0;
-/// Those of one more replica, and of a replica that leaves then.
-pub(super) const COPY_SECONDS: f64 = 1.0;
-pub(super) const LEAVE_SECONDS: f64 = 1.0;
-/// Those of a replica that moves in a rebalance: its checkpoint, the log behind it, the hand-over.
-pub(super) const MOVE_SECONDS: f64 = 3.0;
-/// Those of a restore.
-pub(super) const RESTORE_SECONDS: f64 = 1.0;
+/// What a change takes however little it moves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fixed {
+    /// Rounds among nodes, and the times at which they look and report.
+    seconds: f64,
+    /// Requests to the bucket that wait for each other: versions of the catalog, manifests and lists.
+    requests: f64,
+}
+
+/// Of a grow, from its first version to its last.
+pub(super) const GROW: Fixed = Fixed { seconds: 1.0, requests: 12.0 };
+/// Of a shrink, which agrees on a floor first.
+pub(super) const SHRINK: Fixed = Fixed { seconds: 1.0, requests: 14.0 };
+/// Of one more replica, and of a replica that leaves then.
+pub(super) const COPY: Fixed = Fixed { seconds: 1.0, requests: 8.0 };
+pub(super) const LEAVE: Fixed = Fixed { seconds: 1.0, requests: 3.0 };
+/// Of a replica that moves in a rebalance: its checkpoint, the log behind it, the hand-over.
+pub(super) const MOVE: Fixed = Fixed { seconds: 3.0, requests: 12.0 };
+/// Of a restore.
+pub(super) const RESTORE: Fixed = Fixed { seconds: 1.0, requests: 8.0 };
 
 /// The rates of all nodes.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Paces {
     nodes: BTreeMap<NodeId, [Option<f64>; 4]>,
+    /// Seconds of a write to the bucket, as the master has measured them.
+    request: f64,
 }
 
 impl Paces {
@@ -52,7 +64,7 @@ impl Paces {
             let rates = node.rates;
             (*id, [rates.download, rates.rewrite, rates.export, rates.upload].map(measured))
         });
-        Self { nodes: nodes.collect() }
+        Self { nodes: nodes.collect(), request: state.write_seconds.unwrap_or_default() }
     }
 
     /// Returns the rates of a node; of one that is not chosen yet, those of the others.
@@ -66,6 +78,11 @@ impl Paces {
             export: of(2, ASSUMED.export),
             upload: of(3, ASSUMED.upload),
         }
+    }
+
+    /// Returns the seconds of what a change takes however little it moves.
+    pub(super) fn fixed(&self, fixed: Fixed) -> f64 {
+        fixed.seconds + fixed.requests * self.request
     }
 
     fn mean(&self, kind: usize) -> Option<f64> {
@@ -107,6 +124,13 @@ mod tests {
         paces.nodes.insert(NodeId(2), [Some(30.0), Some(5.0), None, None]);
         assert_eq!(paces.at(Some(NodeId(1))), Rates { download: 10.0, rewrite: 5.0, ..ASSUMED });
         assert_eq!(paces.at(None).download, 20.0);
+    }
+
+    #[test]
+    fn a_slow_bucket_makes_every_step_longer() {
+        let slow = Paces { request: 0.2, ..Paces::default() };
+        assert_eq!(Paces::default().fixed(GROW), 1.0);
+        assert!((slow.fixed(GROW) - 3.4).abs() < 1e-9, "{}", slow.fixed(GROW));
     }
 
     #[test]
