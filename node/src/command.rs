@@ -55,7 +55,8 @@ pub(crate) async fn execute(
             Ok(Vec::new())
         }
         Kind::ShipAnew => {
-            for ship in manager.shippers(keyspace) {
+            // What one shipped that does not ship now may be what is missing.
+            for ship in manager.all_shippers(keyspace) {
                 match ship.checkpoint_anew().await {
                     Ok(_) | Err(ShipError::Filling) => {}
                     Err(error) => return Err(error.to_string()),
