@@ -65,6 +65,7 @@ impl Hosted {
             progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(0)))),
             registry: shared.context.registry.clone(),
             cancel: shared.cancel.clone(),
+            resized: Vec::new(),
         };
         while !shared.cancel.is_cancelled() {
             let taken = bootstrap.join_what_was_shipped(replica, left, shards).await;

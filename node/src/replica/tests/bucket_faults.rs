@@ -106,6 +106,7 @@ async fn restored<F: Future<Output = ()>>(
             progress: Arc::new(Mutex::new(TargetProgress::new(plan.id))),
             registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
             cancel: CancellationToken::new(),
+            resized: Vec::new(),
         };
         let running = Mutex::new(None::<Replica>);
         let attempt = async {

@@ -60,6 +60,7 @@ pub(super) fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstra
         progress: Arc::new(Mutex::new(TargetProgress::new(PlanId(1)))),
         registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
         cancel: CancellationToken::new(),
+        resized: Vec::new(),
     }
 }
 
