@@ -126,24 +126,7 @@ fn rewrite_metadata(
     for bands in &foreign {
         batch.delete_bands(*bands);
     }
-    let mut dropped_prefixes = vec![
-        MetaKey::result_prefix(),
-        MetaKey::tail_cursor_prefix(),
-        MetaKey::forward_cursor_prefix(),
-    ];
-    if matches!(log, Log::Fork { .. }) {
-        dropped_prefixes.push(MetaKey::vector_prefix());
-    }
-    for prefix in dropped_prefixes {
-        for (key, _) in engine.with_prefix(&prefix)? {
-            if let Ok(key) = MetaKey::decode(&key) {
-                batch.delete_meta(key);
-            }
-        }
-    }
-    for (source, lsn) in cursors_of(engine, followed)? {
-        batch.put_meta(MetaKey::TailCursor(log.cursor_of(source)), &lsn);
-    }
+    drop_foreign_metadata(engine, &mut batch, log, followed)?;
     let identity = Identity {
         keyspace: adoption.keyspace,
         replica: adoption.replica,
@@ -172,6 +155,35 @@ fn rewrite_metadata(
     );
     engine.write(batch)?;
     Ok(engine.flush()?)
+}
+
+/// Drops the metadata of the source that mean nothing here; the cursors of the logs of `followed`
+/// stay.
+fn drop_foreign_metadata(
+    engine: &Engine,
+    batch: &mut Batch,
+    log: Log,
+    followed: &[ReplicaId],
+) -> Result<(), BuildError> {
+    let mut prefixes = vec![
+        MetaKey::result_prefix(),
+        MetaKey::tail_cursor_prefix(),
+        MetaKey::forward_cursor_prefix(),
+    ];
+    if matches!(log, Log::Fork { .. }) {
+        prefixes.push(MetaKey::vector_prefix());
+    }
+    for prefix in prefixes {
+        for (key, _) in engine.with_prefix(&prefix)? {
+            if let Ok(key) = MetaKey::decode(&key) {
+                batch.delete_meta(key);
+            }
+        }
+    }
+    for (source, lsn) in cursors_of(engine, followed)? {
+        batch.put_meta(MetaKey::TailCursor(log.cursor_of(source)), &lsn);
+    }
+    Ok(())
 }
 
 /// Returns the stored cursors of these replicas' logs.
