@@ -59,6 +59,10 @@ pub(crate) async fn execute(
             for ship in manager.all_shippers(keyspace) {
                 match ship.checkpoint_anew().await {
                     Ok(_) | Err(ShipError::Filling) => {}
+                    // The one that ships has all that this one had.
+                    Err(error) if !ship.ships() => {
+                        tracing::warn!(%error, "a replica that has shipped does not do so again");
+                    }
                     Err(error) => return Err(error.to_string()),
                 }
             }

@@ -80,11 +80,15 @@ impl Replica {
         }
         let tried = Engine::try_tables(&sample.rows)?;
         let each = |bytes: u64| bytes as f64 / sample.rows.len() as f64;
-        let live = sample.walk.live as f64 / sample.walk.entries.max(1) as f64;
+        let live = sample.walk.live as f64;
+        let kept = match everything {
+            true => live,
+            false => entries as f64 * (live / sample.walk.entries.max(1) as f64).min(1.0),
+        };
         Ok(Some(Trial {
             at: Instant::now(),
             entries,
-            kept: entries as f64 * live.min(1.0),
+            kept,
             table: tried.table,
             settled: each(tried.settled),
             flushed: each(tried.flushed),
