@@ -9,7 +9,8 @@ mod retired;
 use std::time::Duration;
 
 use bytes::Bytes;
-use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec};
+use vasto_core::Band;
+use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec, Quarantine};
 use vasto_core::ids::Vector;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{Body, Record};
@@ -305,6 +306,36 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     rig.store.create_keyspace(restoring).await.unwrap();
     assert_eq!(collect(&rig.bucket, STRICT, false).await.unwrap().deleted, 0);
     assert_eq!(rig.keys().await, all);
+}
+
+#[tokio::test]
+async fn the_log_of_a_source_stays_while_what_it_gave_is_in_quarantine() {
+    let mut rig = Rig::new("gave").await;
+    rig.three_checkpoints().await;
+    let mut next = rig.catalog.next(2, 2);
+    next.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: Band::leaving(1, 2).into(),
+        replicas: vec![REPLICA],
+        targets: vec![(ReplicaId(2), Lsn(7))],
+        others: Vec::new(),
+        until_us: u64::MAX,
+        dropping: false,
+    });
+    rig.write(next).await;
+    let keyspace = rig.keyspace();
+    let chunks = |keys: Vec<String>| {
+        let is_there =
+            |first: &u64| keys.contains(&layout::chunk(keyspace, SHARD, REPLICA, Lsn(*first)));
+        [1, 11, 21, 31].into_iter().filter(is_there).collect::<Vec<u64>>()
+    };
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert_eq!(chunks(rig.keys().await), [1, 11, 21, 31]);
+    let mut next = rig.catalog.next(3, 3);
+    next.quarantines.clear();
+    rig.write(next).await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert_eq!(chunks(rig.keys().await), [31]);
 }
 
 /// A master that was killed between the two steps of creating the keyspace: no master continues the
