@@ -180,9 +180,8 @@ impl Copying<'_> {
         let ships = shard.shipper().is_some_and(|shipper| shipper.node == leaving);
         let by_target = if ships { 2 + puts(bytes) } else { 0 };
         part.puts += 2 + puts(copied.unshipped.round() as u64) + by_target;
-        let (from, at) = (paces.at(node), paces.at(to));
-        part.seconds +=
-            paces.fixed(COPY) + copied.unshipped / from.upload + copied.bytes / at.download;
+        let reads = paces.downloads(to, copied.bytes, copied.objects);
+        part.seconds += paces.fixed(COPY) + copied.unshipped / paces.at(node).upload + reads;
         if let Some(to) = to {
             *part.disk.entry(to).or_default() += bytes;
         }

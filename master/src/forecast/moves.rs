@@ -22,7 +22,8 @@ pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
                 // The checkpoint that its source makes: a manifest and what is new.
                 forecast.puts += 2;
                 *forecast.disk.entry(to).or_default() += bytes;
-                let seconds = paces.fixed(MOVE) + bytes as f64 / paces.at(Some(to)).download;
+                let reads = paces.downloads(Some(to), bytes as f64, 1 + gets(bytes));
+                let seconds = paces.fixed(MOVE) + reads;
                 at_nodes.add(Some(to), seconds);
             }
             Move::Primary { to, bytes, .. } => {

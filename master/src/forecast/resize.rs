@@ -153,7 +153,8 @@ fn take(
     for (at, node) in nodes.into_iter().enumerate() {
         let rates = paces.at(node);
         let ships = if at == 0 { moved / rates.upload } else { 0.0 };
-        at_targets.add(node, fetched / rates.download + moved / rates.rewrite + ships);
+        let reads = paces.downloads(node, fetched, requests);
+        at_targets.add(node, reads + moved / rates.rewrite + ships);
     }
 }
 

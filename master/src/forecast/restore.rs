@@ -86,13 +86,15 @@ pub(crate) fn restore(
         // The SSTs of the log that is replayed are not those of the checkpoint.
         forecast.bytes_moved += if weight.files > 0 { weight.file_bytes } else { bytes };
         forecast.bytes_from_bucket += bytes;
-        forecast.gets += weight.files.max(gets(weight.file_bytes)) + weight.chunks;
+        let requests = weight.files.max(gets(weight.file_bytes)) + weight.chunks;
+        forecast.gets += requests;
         // Its first manifest names the files of the source; the log that was replayed is new.
         forecast.puts += 2 + puts(weight.chunk_bytes);
         let node = restored.nodes.get(at).and_then(|nodes| nodes.first().copied());
         let rates = paces.at(node);
         let log = weight.chunk_bytes as f64;
-        at_targets.add(node, bytes as f64 / rates.download + log / rates.rewrite);
+        let reads = paces.downloads(node, bytes as f64, requests);
+        at_targets.add(node, reads + log / rates.rewrite);
         if let Some(node) = node {
             *forecast.disk.entry(node).or_default() += bytes;
         }

@@ -48,6 +48,9 @@ pub(super) const MOVE: Fixed = Fixed { seconds: 3.0, requests: 12.0 };
 /// Of a restore.
 pub(super) const RESTORE: Fixed = Fixed { seconds: 1.0, requests: 8.0 };
 
+/// Requests of a download that a node has under way together.
+const GETS_AT_ONCE: f64 = 8.0;
+
 /// The rates of all nodes.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Paces {
@@ -83,6 +86,13 @@ impl Paces {
     /// Returns the seconds of what a change takes however little it moves.
     pub(super) fn fixed(&self, fixed: Fixed) -> f64 {
         fixed.seconds + fixed.requests * self.request
+    }
+
+    /// Returns the seconds in which a node reads so many bytes with so many requests: many small ones
+    /// wait for the bucket more than for its bytes.
+    pub(super) fn downloads(&self, node: Option<NodeId>, bytes: f64, requests: u64) -> f64 {
+        let waits = requests as f64 * self.request / GETS_AT_ONCE;
+        (bytes / self.at(node).download).max(waits)
     }
 
     fn mean(&self, kind: usize) -> Option<f64> {
@@ -131,6 +141,9 @@ mod tests {
         let slow = Paces { request: 0.2, ..Paces::default() };
         assert_eq!(Paces::default().fixed(GROW), 1.0);
         assert!((slow.fixed(GROW) - 3.4).abs() < 1e-9, "{}", slow.fixed(GROW));
+        let second = ASSUMED.download;
+        assert!((slow.downloads(None, second, 10) - 1.0).abs() < 1e-9, "the bytes take longer");
+        assert!((slow.downloads(None, second, 80) - 2.0).abs() < 1e-9, "the requests take longer");
     }
 
     #[test]
