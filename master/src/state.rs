@@ -77,6 +77,8 @@ pub(crate) struct ClusterState {
     pub(crate) rebalance: RebalanceLook,
     /// Whether the running rebalance goes on.
     pub(crate) rebalance_watch: WholeWatch,
+    /// Seconds of the last writes of catalog versions, averaged; `None` before the first one.
+    pub(crate) write_seconds: Option<f64>,
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) examined: std::cell::Cell<u64>,
@@ -104,6 +106,13 @@ impl ClusterState {
     /// Returns true while the node has a live session.
     pub(crate) fn is_live(&self, node: NodeId) -> bool {
         self.nodes.get(&node).is_some_and(Node::is_live)
+    }
+
+    /// Notes how long the write of a catalog version took.
+    pub(crate) fn note_write(&mut self, took: Duration) {
+        let took = took.as_secs_f64();
+        let before = self.write_seconds.unwrap_or(took);
+        self.write_seconds = Some((before + took) / 2.0);
     }
 
     /// Returns every node that registered, and every node that only the catalogs name.

@@ -56,6 +56,7 @@ fn known(cluster: &Cluster) -> Known {
                     owner: Owner { keyspace: *id, shard: shard.shard, replica: report.replica },
                     manifest_lsn: report.manifest_lsn,
                     shipped_lsn: report.shipped_lsn,
+                    behind: report.ships_behind,
                 },
             ));
         }

@@ -55,9 +55,14 @@ pub(crate) async fn execute(
             Ok(Vec::new())
         }
         Kind::ShipAnew => {
-            for ship in manager.shippers(keyspace) {
+            // What one shipped that does not ship now may be what is missing.
+            for ship in manager.all_shippers(keyspace) {
                 match ship.checkpoint_anew().await {
                     Ok(_) | Err(ShipError::Filling) => {}
+                    // The one that ships has all that this one had.
+                    Err(error) if !ship.ships() => {
+                        tracing::warn!(%error, "a replica that has shipped does not do so again");
+                    }
                     Err(error) => return Err(error.to_string()),
                 }
             }

@@ -400,6 +400,13 @@ impl Manager {
             .collect()
     }
 
+    /// Returns those of all replicas of a keyspace on this node, whether they ship or not.
+    pub(crate) fn all_shippers(&self, keyspace: KeyspaceId) -> Vec<ShipHandle> {
+        let hosts = self.hosts.lock();
+        let of_keyspace = hosts.iter().filter(|((ks, _), _)| *ks == keyspace);
+        of_keyspace.filter_map(|(_, host)| host.any_shipper()).collect()
+    }
+
     /// Returns the shipper of a replica, whether the replica ships or not.
     pub(crate) fn any_shipper(
         &self,

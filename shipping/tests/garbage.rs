@@ -9,10 +9,12 @@ mod retired;
 use std::time::Duration;
 
 use bytes::Bytes;
-use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec};
+use vasto_core::Band;
+use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec, Quarantine};
 use vasto_core::ids::Vector;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{Body, Record};
+use vasto_core::report::{Continues, ShipsBehind};
 use vasto_core::{
     CatalogVersion, Epoch, Incarnation, KeyspaceId, Lsn, NodeId, Origin, OwnSeq, PlanId, ReplicaId,
     ShardId,
@@ -304,6 +306,36 @@ async fn what_is_young_or_in_use_is_never_deleted() {
     rig.store.create_keyspace(restoring).await.unwrap();
     assert_eq!(collect(&rig.bucket, STRICT, false).await.unwrap().deleted, 0);
     assert_eq!(rig.keys().await, all);
+}
+
+#[tokio::test]
+async fn the_log_of_a_source_stays_while_what_it_gave_is_in_quarantine() {
+    let mut rig = Rig::new("gave").await;
+    rig.three_checkpoints().await;
+    let mut next = rig.catalog.next(2, 2);
+    next.quarantines.push(Quarantine {
+        plan: PlanId(1),
+        range: Band::leaving(1, 2).into(),
+        replicas: vec![REPLICA],
+        targets: vec![(ReplicaId(2), Lsn(7))],
+        others: Vec::new(),
+        until_us: u64::MAX,
+        dropping: false,
+    });
+    rig.write(next).await;
+    let keyspace = rig.keyspace();
+    let chunks = |keys: Vec<String>| {
+        let is_there =
+            |first: &u64| keys.contains(&layout::chunk(keyspace, SHARD, REPLICA, Lsn(*first)));
+        [1, 11, 21, 31].into_iter().filter(is_there).collect::<Vec<u64>>()
+    };
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert_eq!(chunks(rig.keys().await), [1, 11, 21, 31]);
+    let mut next = rig.catalog.next(3, 3);
+    next.quarantines.clear();
+    rig.write(next).await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert_eq!(chunks(rig.keys().await), [31]);
 }
 
 /// A master that was killed between the two steps of creating the keyspace: no master continues the
@@ -618,13 +650,23 @@ async fn what_is_known_to_be_there_is_looked_for() {
     let owner = layout::Owner { keyspace: rig.keyspace(), shard: SHARD, replica: REPLICA };
     let known = Known {
         catalogs: vec![(rig.keyspace(), CatalogVersion(1))],
-        replicas: vec![KnownReplica { owner, manifest_lsn: Lsn(30), shipped_lsn: Lsn(35) }],
+        replicas: vec![KnownReplica {
+            owner,
+            manifest_lsn: Lsn(30),
+            shipped_lsn: Lsn(35),
+            behind: Some(ShipsBehind::Nobody),
+        }],
     };
     assert!(check(&rig.bucket, false, &known, now_us()).await.unwrap().is_clean());
     // Another replica has begun to ship behind this one, and has shipped nothing yet.
     let other = layout::Owner { replica: ReplicaId(REPLICA.0 + 1), ..owner };
     let mut begun = known.clone();
-    begun.replicas.push(KnownReplica { owner: other, manifest_lsn: Lsn(0), shipped_lsn: Lsn(12) });
+    begun.replicas.push(KnownReplica {
+        owner: other,
+        manifest_lsn: Lsn(0),
+        shipped_lsn: Lsn(12),
+        behind: None,
+    });
     assert!(check(&rig.bucket, false, &begun, now_us()).await.unwrap().is_clean());
     let chunk = layout::chunk(rig.keyspace(), SHARD, REPLICA, Lsn(31));
     let manifest = layout::manifest(rig.keyspace(), SHARD, REPLICA, Lsn(30));
@@ -646,6 +688,42 @@ async fn what_is_known_to_be_there_is_looked_for() {
     let mut missing = vec![catalog, layout::cluster(), first_chunk, manifest];
     missing.sort();
     assert_eq!(found.missing, missing);
+}
+
+/// Another replica of the shard has an archive; this one never made a checkpoint.
+#[tokio::test]
+async fn a_replica_that_has_lost_all_of_its_chunks_is_noticed_beside_another_archive() {
+    let rig = Rig::new("behind").await;
+    rig.three_checkpoints().await;
+    let owner = layout::Owner { keyspace: rig.keyspace(), shard: SHARD, replica: REPLICA };
+    let other = layout::Owner { replica: ReplicaId(REPLICA.0 + 1), ..owner };
+    let missing = async |shipped_lsn: u64, behind: Option<ShipsBehind>| {
+        let (manifest_lsn, shipped_lsn) = (Lsn(0), Lsn(shipped_lsn));
+        let replicas = vec![KnownReplica { owner: other, manifest_lsn, shipped_lsn, behind }];
+        let known = Known { replicas, ..Known::default() };
+        check(&rig.bucket, false, &known, now_us()).await.unwrap().missing
+    };
+    let behind = |object: u64, lsn: u64| {
+        let (replica, object, lsn) = (REPLICA, Lsn(object), Lsn(lsn));
+        Some(ShipsBehind::Others(Continues { replica, object, lsn }))
+    };
+    let none: [String; 0] = [];
+    // It has begun behind the other one's last chunk, checkpoint, or a chunk that a later checkpoint
+    // has replaced, and has shipped nothing itself.
+    for object in [31, 30, 15] {
+        assert_eq!(missing(12, behind(object, 12)).await, none, "{object}");
+    }
+    // It has shipped, and its chunks are gone.
+    assert_eq!(missing(20, behind(31, 12)).await, [other.chunk(Lsn(13))]);
+    assert_eq!(missing(20, Some(ShipsBehind::Nobody)).await, [other.chunk(Lsn(1))]);
+    // What it continues is gone.
+    assert_eq!(missing(12, behind(36, 12)).await, [owner.chunk(Lsn(36))]);
+    // Its node is of an older version, and does not say.
+    assert_eq!(missing(20, None).await, none);
+    // One chunk of its own is there, and the rest is gone.
+    rig.chunk_of(other.replica, 13, 15, Some(owner.chunk(Lsn(31)))).await;
+    assert_eq!(missing(15, behind(31, 12)).await, none);
+    assert_eq!(missing(18, behind(31, 12)).await, [other.chunk(Lsn(16))]);
 }
 
 /// A check that is not deep reads small objects and checks the size of the others.

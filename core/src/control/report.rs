@@ -26,6 +26,28 @@ pub enum ReplicaPhase {
     Failed(String),
 }
 
+/// What is in the bucket of a replica's log before its own objects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShipsBehind {
+    /// Nothing: its own objects reach back to its beginning, or to a checkpoint of its own.
+    Nobody,
+    /// What other replicas of its shard have shipped.
+    Others(Continues),
+}
+
+/// The place behind which a replica ships.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Continues {
+    /// The replica whose object was the last one then.
+    pub replica: ReplicaId,
+    /// That object, by LSNs of that replica: the first record of a chunk, or the last one that a
+    /// checkpoint holds.
+    pub object: Lsn,
+    /// LSN of the reporting replica up to which the others' archives cover its log.
+    pub lsn: Lsn,
+}
+
 /// Report of a node on one of its replicas.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaReport {
@@ -47,6 +69,10 @@ pub struct ReplicaReport {
     pub shipped_lsn: Lsn,
     /// LSN up to which the last manifest in the bucket covers the log.
     pub manifest_lsn: Lsn,
+    /// Whose archive its own one continues; `None` from a node that does not say, or does not know
+    /// any more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ships_behind: Option<ShipsBehind>,
     /// Estimated number of keys.
     pub keys: u64,
     /// Bytes of its SSTs.
@@ -92,6 +118,7 @@ impl ReplicaReport {
             lsn: Lsn(0),
             shipped_lsn: Lsn(0),
             manifest_lsn: Lsn(0),
+            ships_behind: None,
             keys: 0,
             bytes: 0,
             load: 0,

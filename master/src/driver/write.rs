@@ -78,6 +78,7 @@ impl KeyspaceDriver {
             None => Written::Stopping,
             Some(Ok(CatalogWrite::Won)) => {
                 self.cluster.metrics.catalog_write("won");
+                self.cluster.state().note_write(started.elapsed());
                 self.won(next, started.elapsed());
                 Written::Won
             }

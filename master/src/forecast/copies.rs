@@ -13,7 +13,7 @@ use vasto_core::report::ReplicaReport;
 use vasto_shipping::Weight;
 
 use super::size::{database_list_bytes, gets, puts};
-use super::time::{COPY_SECONDS, LEAVE_SECONDS, Paces};
+use super::time::{COPY, LEAVE, Paces};
 use super::{Forecast, Source};
 use crate::placement::Shut;
 use crate::state::{ClusterState, Keyspace};
@@ -67,7 +67,7 @@ pub(crate) fn drain(
             if !shard.replicas.iter().any(|placed| placed.node == drain.node) {
                 continue;
             }
-            part.seconds += LEAVE_SECONDS;
+            part.seconds += paces.fixed(LEAVE);
             if !needs_copy(shard, drain.node, then.spec.replicas) {
                 continue;
             }
@@ -213,8 +213,9 @@ impl Copying<'_> {
         let by_target = if ships { 2 + puts(bytes) } else { 0 };
         part.puts += 2 + puts(copied.unshipped.round() as u64) + by_target;
         let (from, at) = (paces.at(node), paces.at(to));
-        let read = Read { bytes: copied.bytes, seconds: copied.bytes / at.download };
-        part.seconds += COPY_SECONDS + copied.unshipped / from.upload + read.seconds;
+        let seconds = paces.downloads(at, copied.bytes, copied.objects);
+        let read = Read { bytes: copied.bytes, seconds };
+        part.seconds += paces.fixed(COPY) + copied.unshipped / from.upload + read.seconds;
         if let Some(to) = to {
             *part.disk.entry(to).or_default() += bytes;
         }

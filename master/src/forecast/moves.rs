@@ -7,7 +7,7 @@ use vasto_core::balance::Move;
 
 use super::Forecast;
 use super::size::{gets, puts};
-use super::time::{MOVE_SECONDS, Paces, SideBySide};
+use super::time::{MOVE, Paces, SideBySide};
 
 /// Returns the forecast of a rebalance that makes these moves; it names no sources.
 pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
@@ -22,7 +22,8 @@ pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
                 // The checkpoint that its source makes: a manifest and what is new.
                 forecast.puts += 2;
                 *forecast.disk.entry(to).or_default() += bytes;
-                let seconds = MOVE_SECONDS + bytes as f64 / paces.at(Some(to)).download;
+                let reads = paces.downloads(paces.at(Some(to)), bytes as f64, 1 + gets(bytes));
+                let seconds = paces.fixed(MOVE) + reads;
                 at_nodes.add(Some(to), seconds);
             }
             Move::Primary { to, bytes, .. } => {
@@ -35,7 +36,7 @@ pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
     // All moves together have the rate.
     if let Some(max_rate) = paces.max_rate().filter(|_| forecast.bytes_from_bucket > 0) {
         let reading = forecast.bytes_from_bucket as f64 / max_rate;
-        forecast.seconds = forecast.seconds.max(MOVE_SECONDS + reading);
+        forecast.seconds = forecast.seconds.max(paces.fixed(MOVE) + reading);
     }
     forecast
 }
@@ -68,9 +69,9 @@ mod tests {
         assert_eq!(forecast.puts, 3 * 2 + (1 + 1));
         assert_eq!(forecast.disk[&NodeId(4)], 200 * MIB);
         // At the assumed 200 MiB a second.
-        assert_eq!(forecast.seconds, 2.0 * MOVE_SECONDS + 1.0);
+        assert_eq!(forecast.seconds, 2.0 * 3.0 + 1.0);
         let at = |mib: u64| Paces::default().at_most(Some(mib * MIB));
-        assert_eq!(moves(&made, &at(10)).seconds, MOVE_SECONDS + 25.0, "all of them share it");
+        assert_eq!(moves(&made, &at(10)).seconds, 3.0 + 25.0, "all of them share it");
         assert_eq!(moves(&made, &at(1_000)).seconds, forecast.seconds);
         assert_eq!(moves(&[primary], &at(1)).seconds, 16.0 / 200.0, "a checkpoint never waits");
         assert_eq!(moves(&[], &at(1)).seconds, 0.0);

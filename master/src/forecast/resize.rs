@@ -14,7 +14,7 @@ use vasto_core::record::BandRange;
 use vasto_core::report::{ReplicaReport, Reports};
 
 use super::size::{export_manifest_bytes, gets, manifest_bytes, puts, tables};
-use super::time::{GROW_SECONDS, Paces, SHRINK_SECONDS, SideBySide};
+use super::time::{GROW, Paces, SHRINK, SideBySide};
 use super::{Forecast, Source};
 
 /// Bytes on the disk of a target for each byte that it receives: the download, and the tables
@@ -118,7 +118,7 @@ pub(crate) fn resize(
     for takes in &receivers {
         take(takes, &gives, shape, (paces, sharing), &mut at_targets, &mut forecast);
     }
-    let fixed = if shape.shrinks() { SHRINK_SECONDS } else { GROW_SECONDS };
+    let fixed = paces.fixed(if shape.shrinks() { SHRINK } else { GROW });
     forecast.seconds = fixed + at_sources.seconds() + at_targets.seconds();
     forecast
 }
@@ -169,7 +169,8 @@ fn take(
         // A survivor ships as it always does.
         let upload = if shape.shrinks() { paces.at(node).upload } else { rates.upload };
         let ships = if at == 0 { moved / upload } else { 0.0 };
-        at_targets.add(node, fetched / rates.download + moved / rates.rewrite + ships);
+        let reads = paces.downloads(rates, fetched, requests);
+        at_targets.add(node, reads + moved / rates.rewrite + ships);
     }
 }
 

@@ -13,7 +13,7 @@ use vasto_shipping::Weight;
 
 use super::copies::Weighed;
 use super::size::{database_list_bytes, gets, puts};
-use super::time::{Paces, RESTORE_SECONDS, SideBySide};
+use super::time::{Paces, RESTORE, SideBySide};
 use super::{Forecast, Source};
 use crate::state::ClusterState;
 
@@ -90,18 +90,20 @@ pub(crate) fn restore(
         // The SSTs of the log that is replayed are not those of the checkpoint.
         forecast.bytes_moved += if weight.files > 0 { weight.file_bytes } else { bytes };
         forecast.bytes_from_bucket += bytes;
-        forecast.gets += weight.files.max(gets(weight.file_bytes)) + weight.chunks;
+        let requests = weight.files.max(gets(weight.file_bytes)) + weight.chunks;
+        forecast.gets += requests;
         // Its first manifest names the files of the source; the log that was replayed is new.
         forecast.puts += 2 + puts(weight.chunk_bytes);
         let node = restored.nodes.get(at).and_then(|nodes| nodes.first().copied());
         let rates = paces.shared_at(node, sharing);
         let log = weight.chunk_bytes as f64;
-        at_targets.add(node, bytes as f64 / rates.download + log / rates.rewrite);
+        let reads = paces.downloads(rates, bytes as f64, requests);
+        at_targets.add(node, reads + log / rates.rewrite);
         if let Some(node) = node {
             *forecast.disk.entry(node).or_default() += bytes;
         }
     }
-    forecast.seconds = RESTORE_SECONDS + at_sources.seconds() + at_targets.seconds();
+    forecast.seconds = paces.fixed(RESTORE) + at_sources.seconds() + at_targets.seconds();
     forecast
 }
 

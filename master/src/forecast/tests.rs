@@ -66,11 +66,11 @@ fn a_shrink_moves_all_of_its_retiring_shards_to_every_replica_of_the_others() {
     assert_eq!(disk(&forecast), [(1, 120), (2, 120), (3, 120), (4, 120), (5, 120)]);
     assert_eq!(forecast.moving_fraction, Some(1.0 / 3.0));
     // 120 MiB are exported at 100 MiB/s; 60 are read at 200, rewritten at 80 and shipped at 200.
-    assert!((forecast.seconds - (2.0 + 1.2 + 0.3 + 0.75 + 0.3)).abs() < 0.01, "{forecast:?}");
+    assert!((forecast.seconds - (1.0 + 1.2 + 0.3 + 0.75 + 0.3)).abs() < 0.01, "{forecast:?}");
     // One node exports at 20 MiB/s; four nodes read at 5 each, and ship as always.
     let paces = Paces::default().at_most(Some(20 * MIB));
     let slow = resize(&catalog, &reports, 2, None, &paces);
-    assert!((slow.seconds - (2.0 + 6.0 + 12.0 + 0.75 + 0.3)).abs() < 0.01, "{slow:?}");
+    assert!((slow.seconds - (1.0 + 6.0 + 12.0 + 0.75 + 0.3)).abs() < 0.01, "{slow:?}");
     assert_eq!(Forecast { seconds: 0.0, ..slow }, Forecast { seconds: 0.0, ..forecast });
 }
 

@@ -4,6 +4,7 @@
 //! **Invariant:** a rate that a node has not measured is that of the others; one that none has
 //! measured is assumed. A bound holds for what passes the gates of the nodes: downloads, exports, and
 //! the files that new replicas ship; not for the disk, nor for checkpoints of replicas that serve.
+//! Requests that wait for each other count with the time that the bucket takes.
 
 use std::collections::BTreeMap;
 
@@ -29,16 +30,29 @@ const ASSUMED: Rates = Rates {
     upload: (200 << 20) as f64,
 };
 
-/// The versions, rounds and looks of a grow; of a shrink, which agrees on a floor first.
-pub(super) const GROW_SECONDS: f64 = 1.0;
-pub(super) const SHRINK_SECONDS: f64 = 2.0;
-/// Those of one more replica, and of a replica that leaves then.
-pub(super) const COPY_SECONDS: f64 = 1.0;
-pub(super) const LEAVE_SECONDS: f64 = 1.0;
-/// Those of a replica that moves in a rebalance: its checkpoint, the log behind it, the hand-over.
-pub(super) const MOVE_SECONDS: f64 = 3.0;
-/// Those of a restore.
-pub(super) const RESTORE_SECONDS: f64 = 1.0;
+/// What a change takes however little it moves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Fixed {
+    /// Rounds among nodes, and the times at which they look and report.
+    seconds: f64,
+    /// Requests to the bucket that wait for each other: versions of the catalog, manifests and lists.
+    requests: f64,
+}
+
+/// Of a grow, from its first version to its last.
+pub(super) const GROW: Fixed = Fixed { seconds: 1.0, requests: 12.0 };
+/// Of a shrink, which agrees on a floor first.
+pub(super) const SHRINK: Fixed = Fixed { seconds: 1.0, requests: 14.0 };
+/// Of one more replica, and of a replica that leaves then.
+pub(super) const COPY: Fixed = Fixed { seconds: 1.0, requests: 8.0 };
+pub(super) const LEAVE: Fixed = Fixed { seconds: 1.0, requests: 3.0 };
+/// Of a replica that moves in a rebalance: its checkpoint, the log behind it, the hand-over.
+pub(super) const MOVE: Fixed = Fixed { seconds: 3.0, requests: 12.0 };
+/// Of a restore.
+pub(super) const RESTORE: Fixed = Fixed { seconds: 1.0, requests: 8.0 };
+
+/// Requests of a download that a node has under way together.
+const GETS_AT_ONCE: f64 = 8.0;
 
 /// The rates of all nodes.
 #[derive(Debug, Clone, Default)]
@@ -46,6 +60,8 @@ pub(crate) struct Paces {
     nodes: BTreeMap<NodeId, [Option<f64>; 4]>,
     /// The most bytes a second that all nodes together read and write at the bucket.
     max_rate: Option<f64>,
+    /// Seconds of a write to the bucket, as the master has measured them.
+    request: f64,
 }
 
 impl Paces {
@@ -56,7 +72,8 @@ impl Paces {
             let rates = node.rates;
             (*id, [rates.download, rates.rewrite, rates.export, rates.upload].map(measured))
         });
-        Self { nodes: nodes.collect(), max_rate: None }
+        let request = state.write_seconds.unwrap_or_default();
+        Self { nodes: nodes.collect(), max_rate: None, request }
     }
 
     /// Returns the same rates within a bound of what all nodes together read and write at the
@@ -94,6 +111,18 @@ impl Paces {
             export: of(2, ASSUMED.export),
             upload: of(3, ASSUMED.upload),
         }
+    }
+
+    /// Returns the seconds of what a change takes however little it moves.
+    pub(super) fn fixed(&self, fixed: Fixed) -> f64 {
+        fixed.seconds + fixed.requests * self.request
+    }
+
+    /// Returns the seconds in which a node of these rates reads so many bytes with so many requests:
+    /// many small ones wait for the bucket more than for its bytes.
+    pub(super) fn downloads(&self, rates: Rates, bytes: f64, requests: u64) -> f64 {
+        let waits = requests as f64 * self.request / GETS_AT_ONCE;
+        (bytes / rates.download).max(waits)
     }
 
     fn mean(&self, kind: usize) -> Option<f64> {
@@ -148,6 +177,19 @@ mod tests {
         assert_eq!(bounded.shared_at(Some(NodeId(1)), 2), shared);
         let lifted = bounded.at_most(None);
         assert_eq!((lifted.shared_at(Some(NodeId(1)), 2), lifted.max_rate()), (free, None));
+    }
+
+    #[test]
+    fn a_slow_bucket_makes_every_step_longer() {
+        let slow = Paces { request: 0.2, ..Paces::default() };
+        assert_eq!(Paces::default().fixed(GROW), 1.0);
+        assert!((slow.fixed(GROW) - 3.4).abs() < 1e-9, "{}", slow.fixed(GROW));
+        let second = ASSUMED.download;
+        assert!((slow.downloads(ASSUMED, second, 10) - 1.0).abs() < 1e-9, "the bytes take longer");
+        assert!(
+            (slow.downloads(ASSUMED, second, 80) - 2.0).abs() < 1e-9,
+            "the requests take longer"
+        );
     }
 
     #[test]

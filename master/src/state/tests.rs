@@ -39,6 +39,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         lsn: Lsn(100),
         shipped_lsn: Lsn(90),
         manifest_lsn: Lsn(80),
+        ships_behind: None,
         keys: 1000,
         bytes: 1 << 20,
         load: 0,

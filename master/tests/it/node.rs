@@ -273,6 +273,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
                 lsn: Lsn(100),
                 shipped_lsn: Lsn(100),
                 manifest_lsn: Lsn(100),
+                ships_behind: None,
                 keys: 1000,
                 bytes: 1 << 20,
                 load: 0,

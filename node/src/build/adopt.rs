@@ -3,8 +3,9 @@
 //! **Invariants**
 //! - The database is assembled in a directory of its own on the same file system, verified, given
 //!   its new identity, and renamed into place whole.
-//! - The new replica drops the source's identity, seals, cursors and dedup table; its ranges are
-//!   those of the catalog, and rows outside of them are gone before it serves.
+//! - The new replica drops the source's identity, seals, cursors and dedup table, but for the cursors
+//!   of logs that it is to go on with; its ranges are those of the catalog, and rows outside of them
+//!   are gone before it serves.
 //! - Its archive begins with a checkpoint of its own: its log does not hold the records that it
 //!   began with.
 
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use vasto_core::Band;
-use vasto_core::ids::{Incarnation, Lsn, OwnSeq};
+use vasto_core::ids::{Incarnation, Lsn, OwnSeq, ReplicaId};
 use vasto_core::record::{BandRange, RangeState};
 use vasto_core::stored_key::MetaKey;
 use vasto_shipping::archive::ArchivedCheckpoint;
@@ -30,7 +31,8 @@ impl FlushGuard for NoGuard {
     fn before_flush(&self) {}
 }
 
-/// Installs the downloaded files as the database of the new replica. Blocks on the disk.
+/// Installs the downloaded files as the database of the new replica. `followed` are the replicas of
+/// other shards whose cursors stay. Blocks on the disk.
 pub(super) fn install(
     engines: &EngineShared,
     dir: &Path,
@@ -38,13 +40,14 @@ pub(super) fn install(
     base: &ArchivedCheckpoint,
     adoption: Adoption,
     log: Log,
+    followed: &[ReplicaId],
 ) -> Result<(), BuildError> {
     let name =
         base.manifest.database.as_ref().map(|database| database.name.as_str()).unwrap_or_default();
     let current = side.join("CURRENT");
     std::fs::write(&current, format!("{name}\n")).map_err(io(&current))?;
     let engine = Engine::open(engines, side, Arc::new(AtomicU64::new(0)), Arc::new(NoGuard))?;
-    let adopted = adopt(&engine, base, adoption, log);
+    let adopted = adopt(&engine, base, adoption, log, followed);
     engine.close();
     drop(engine);
     adopted?;
@@ -65,6 +68,7 @@ fn adopt(
     base: &ArchivedCheckpoint,
     adoption: Adoption,
     log: Log,
+    followed: &[ReplicaId],
 ) -> Result<(), BuildError> {
     let identity = engine.get(&MetaKey::Identity.encode())?;
     let identity = identity.ok_or_else(|| BuildError::unusable(base, "it has no identity"))?;
@@ -72,7 +76,7 @@ fn adopt(
         Identity::decode(&identity).map_err(|error| BuildError::unusable(base, error))?;
     // A crash may have come between the rewrite and the rename.
     if (identity.keyspace, identity.replica) != (adoption.keyspace, adoption.replica) {
-        rewrite_metadata(engine, base, identity, adoption, log)?;
+        rewrite_metadata(engine, base, identity, adoption, log, followed)?;
     }
     for bands in foreign_bands(adoption.owned) {
         if engine.band_bytes(bands)? != (0, 0) {
@@ -94,6 +98,7 @@ fn rewrite_metadata(
     identity: Identity,
     adoption: Adoption,
     log: Log,
+    followed: &[ReplicaId],
 ) -> Result<(), BuildError> {
     let manifest = &base.manifest;
     if (identity.keyspace, identity.shard, identity.replica)
@@ -121,21 +126,7 @@ fn rewrite_metadata(
     for bands in &foreign {
         batch.delete_bands(*bands);
     }
-    let mut dropped_prefixes = vec![
-        MetaKey::result_prefix(),
-        MetaKey::tail_cursor_prefix(),
-        MetaKey::forward_cursor_prefix(),
-    ];
-    if matches!(log, Log::Fork { .. }) {
-        dropped_prefixes.push(MetaKey::vector_prefix());
-    }
-    for prefix in dropped_prefixes {
-        for (key, _) in engine.with_prefix(&prefix)? {
-            if let Ok(key) = MetaKey::decode(&key) {
-                batch.delete_meta(key);
-            }
-        }
-    }
+    drop_foreign_metadata(engine, &mut batch, log, followed)?;
     let identity = Identity {
         keyspace: adoption.keyspace,
         replica: adoption.replica,
@@ -164,6 +155,48 @@ fn rewrite_metadata(
     );
     engine.write(batch)?;
     Ok(engine.flush()?)
+}
+
+/// Drops the metadata of the source that mean nothing here; the cursors of the logs of `followed`
+/// stay.
+fn drop_foreign_metadata(
+    engine: &Engine,
+    batch: &mut Batch,
+    log: Log,
+    followed: &[ReplicaId],
+) -> Result<(), BuildError> {
+    let mut prefixes = vec![
+        MetaKey::result_prefix(),
+        MetaKey::tail_cursor_prefix(),
+        MetaKey::forward_cursor_prefix(),
+    ];
+    if matches!(log, Log::Fork { .. }) {
+        prefixes.push(MetaKey::vector_prefix());
+    }
+    for prefix in prefixes {
+        for (key, _) in engine.with_prefix(&prefix)? {
+            if let Ok(key) = MetaKey::decode(&key) {
+                batch.delete_meta(key);
+            }
+        }
+    }
+    for (source, lsn) in cursors_of(engine, followed)? {
+        batch.put_meta(MetaKey::TailCursor(log.cursor_of(source)), &lsn);
+    }
+    Ok(())
+}
+
+/// Returns the stored cursors of these replicas' logs.
+fn cursors_of(
+    engine: &Engine,
+    followed: &[ReplicaId],
+) -> Result<Vec<(ReplicaId, Vec<u8>)>, BuildError> {
+    let stored = engine.with_prefix(&MetaKey::tail_cursor_prefix())?;
+    let of = |(key, lsn): (Vec<u8>, Vec<u8>)| match MetaKey::decode(&key) {
+        Ok(MetaKey::TailCursor(source)) if followed.contains(&source) => Some((source, lsn)),
+        _ => None,
+    };
+    Ok(stored.into_iter().filter_map(of).collect())
 }
 
 fn foreign_bands(owned: BandRange) -> Vec<BandRange> {

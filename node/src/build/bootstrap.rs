@@ -15,6 +15,7 @@ use vasto_shipping::chunk::Chunk;
 use super::chunks::ChunkReader;
 use super::error::BuildError;
 use super::reader::BucketReader;
+use super::resized::Resized;
 use crate::engine::{EngineError, EngineShared};
 use crate::registry::NodeRegistry;
 use crate::replica::Replica;
@@ -38,6 +39,8 @@ pub(crate) struct Bootstrap {
     pub cancel: CancellationToken,
     /// The spans of the target.
     pub trace: TargetTrace,
+    /// The resizes whose sources may have shipped what the archives of the shard lack.
+    pub resized: Vec<Resized>,
 }
 
 impl Bootstrap {

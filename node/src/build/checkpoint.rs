@@ -48,7 +48,8 @@ impl Bootstrap {
         self.registry.report.notify_one();
         let (engines, dir, side, base) =
             (self.engines.clone(), self.dir.clone(), self.side.clone(), base.clone());
-        let work = move || install(&engines, &dir, &side, &base, adoption, log);
+        let followed = self.followed();
+        let work = move || install(&engines, &dir, &side, &base, adoption, log, &followed);
         let mut span = self.trace.begin("target adopt");
         span.count("vasto.bytes_moved", total);
         let installed = tokio::task::spawn_blocking(work).await?;

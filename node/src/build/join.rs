@@ -127,6 +127,7 @@ impl Bootstrap {
                 Err(ReplicaError::Gap { .. }) => return Ok(Ended::Gap(chunk.first_lsn)),
                 other => other?,
             }
+            self.note_followed(replica, &chunk, |source| source).await?;
             log.at = chunk.last_lsn;
             self.registry.report.notify_one();
         }

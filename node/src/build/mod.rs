@@ -6,6 +6,7 @@
 //! | `sources` | the archives of a shard: which one a replica begins with, which others its logs need |
 //! | `reader`, `chunks` | the bucket as a build reads it: downloads, manifests, the chunks of a log |
 //! | `checkpoint`, `adopt` | a checkpoint becomes the database of a replica, or its rows are merged |
+//! | `resized`, `followed` | what the sources of a resize have shipped and the shard has not |
 //! | `join` | the log is taken as it is: the replica becomes a member of its shard |
 //! | `restore`, `taken` | the logs are merged up to a target time: the replica begins a new keyspace |
 //! | `files`, `groups`, `filter` | a file of a checkpoint, groups that fit into a record, the entries of one shard |
@@ -21,13 +22,16 @@ mod chunks;
 mod error;
 mod files;
 mod filter;
+mod followed;
 mod groups;
 mod join;
 mod reader;
 pub(crate) mod resize;
+mod resized;
 mod restore;
 pub(crate) mod sources;
 mod taken;
 
 pub(crate) use bootstrap::{Adoption, Bootstrap, Log};
 pub(crate) use error::BuildError;
+pub(crate) use resized::Resized;

@@ -138,6 +138,7 @@ impl Bootstrap {
                 return Ok(Ended::Gap(chunk.first_lsn));
             };
             apply_in_groups(replica, entries, Vec::new()).await?;
+            self.note_followed(replica, &chunk, fork_cursor).await?;
             log.at = chunk.last_lsn;
             self.registry.report.notify_one();
         }

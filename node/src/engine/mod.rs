@@ -10,6 +10,7 @@
 
 mod batch;
 mod cursor;
+mod entries;
 mod sample;
 mod scratch;
 mod tables;
@@ -38,6 +39,7 @@ pub(crate) use batch::Batch;
 #[cfg(test)]
 pub(crate) use cursor::cursors_opened;
 pub(crate) use cursor::{Cursor, View};
+use entries::EntryBytes;
 pub(crate) use scratch::{BandRows, ImportFile, Scratch};
 pub(crate) use tables::{TableRun, TableSet, WrittenTable};
 #[cfg(test)]
@@ -400,12 +402,12 @@ impl Engine {
     pub(crate) fn size(&self) -> (u64, u64, u64) {
         let in_memory = self.entries_in_memory();
         let files = self.db.live_files().unwrap_or_default();
+        let each = EntryBytes::of(&files);
         let (mut stored, mut metadata) = (0, 0);
         for file in &files {
-            let entries = file.num_entries.saturating_sub(2 * file.num_deletions);
             match first_byte(file.start_key.as_deref()) {
-                Some(first) if first < META_PREFIX => stored += entries,
-                _ => metadata += entries,
+                Some(first) if first < META_PREFIX => stored += each.entries(file),
+                _ => metadata += file.num_entries.saturating_sub(2 * file.num_deletions),
             }
         }
         (stored + in_memory, metadata, self.number("rocksdb.total-sst-files-size"))

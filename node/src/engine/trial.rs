@@ -10,6 +10,7 @@ use rocksdb::{Cache, DBCompressionType, Env, Options, SstFileWriter};
 use vasto_core::Band;
 use vasto_core::stored_key::META_PREFIX;
 
+use super::entries::{EntryBytes, is_settled};
 use super::sample::Walk;
 use super::{Engine, EngineError, Row, failed, first_byte, table_format};
 
@@ -56,16 +57,18 @@ pub(crate) struct Files {
     pub(crate) bytes: u64,
 }
 
-/// The bottom level: RocksDB's default of seven levels, filled from below.
-const BOTTOM_LEVEL: i32 = 6;
+fn row_bytes((key, value): &Row) -> u64 {
+    (key.len() + value.len()) as u64
+}
 
 impl Engine {
     /// Takes rows that `keeps` accepts at places spread over the data: about `rows` of them, and
-    /// about `bytes`. Reads from the disk.
+    /// about `bytes`. The walk is over these places, or over `everything`. Reads from the disk.
     pub(crate) fn sample(
         &self,
         rows: usize,
         bytes: usize,
+        everything: bool,
         keeps: impl Fn(&[u8], &[u8]) -> bool,
     ) -> Result<Sample, EngineError> {
         let taken: RefCell<Vec<Row>> = RefCell::default();
@@ -83,15 +86,26 @@ impl Engine {
         let spots: Vec<Vec<u8>> = std::iter::once(Vec::new()).chain(self.spots()?).collect();
         let each = |all: usize| all.div_ceil(spots.len());
         let (walk, _) = self.walk_at(&spots, each(rows), each(bytes), take)?;
+        let walk = match everything {
+            true => self.walk_at(&[Vec::new()], usize::MAX, usize::MAX, &keeps)?.0,
+            false => walk,
+        };
         Ok(Sample { rows: taken.into_inner(), walk })
     }
 
     /// Writes rows, which ascend, to tables as this database writes them, in memory.
     pub(crate) fn try_tables(rows: &[Row]) -> Result<Tried, EngineError> {
-        let Some(first) = rows.first() else { return Ok(Tried::default()) };
-        let one = table_bytes(std::slice::from_ref(first), DBCompressionType::Zstd)?;
-        let table = one.saturating_sub((first.0.len() + first.1.len()) as u64);
-        let settled = table_bytes(rows, DBCompressionType::Zstd)?.saturating_sub(table);
+        let Some(least) = rows.iter().min_by_key(|row| row_bytes(row)) else {
+            return Ok(Tried::default());
+        };
+        let all = table_bytes(rows, DBCompressionType::Zstd)?;
+        let one = table_bytes(std::slice::from_ref(least), DBCompressionType::Zstd)?;
+        // The row takes the part of its bytes that all of them take. It is the shortest one, so that
+        // little depends on that.
+        let raw: u64 = rows.iter().map(row_bytes).sum();
+        let row = row_bytes(least) as f64 * (all as f64 / raw.max(1) as f64).min(1.0);
+        let table = one.saturating_sub(row.round() as u64);
+        let settled = all.saturating_sub(table);
         let flushed = table_bytes(rows, DBCompressionType::Lz4)?.saturating_sub(table);
         Ok(Tried { table, settled, flushed })
     }
@@ -99,7 +113,9 @@ impl Engine {
     /// Returns how the contents divide among the bands.
     pub(crate) fn files_by_band(&self) -> Result<Files, EngineError> {
         let mut all = Files { in_memory: self.entries_in_memory(), ..Files::default() };
-        for file in self.live_files()? {
+        let files = self.live_files()?;
+        let each = EntryBytes::of(&files);
+        for file in &files {
             let bytes = file.size as u64;
             all.files += 1;
             all.bytes += bytes;
@@ -111,7 +127,7 @@ impl Engine {
             if first == META_PREFIX {
                 continue;
             }
-            let entries = file.num_entries.saturating_sub(2 * file.num_deletions);
+            let entries = each.entries(file);
             if first != last || file.level == 0 {
                 all.crossing_entries += entries;
                 all.crossing_bytes += bytes;
@@ -120,7 +136,7 @@ impl Engine {
             let band = all.bands.entry(Band(first)).or_default();
             band.entries += entries;
             band.bytes += bytes;
-            if file.level >= BOTTOM_LEVEL {
+            if is_settled(file) {
                 band.settled_entries += entries;
                 band.settled_bytes += bytes;
                 band.settled_files += 1;
@@ -161,6 +177,34 @@ mod tests {
 
     fn rows(count: usize, value: impl Fn(usize) -> Vec<u8>) -> Vec<Row> {
         (0..count).map(|n| (format!("\u{5}key{n:06}").into_bytes(), value(n))).collect()
+    }
+
+    /// Returns a value of 1,000 letters, which take three quarters of a byte each.
+    fn letters(n: usize) -> Vec<u8> {
+        let mut state = n as u64 + 1;
+        let letter = |_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            b' ' + ((state >> 33) & 63) as u8
+        };
+        (0..1_000).map(letter).collect()
+    }
+
+    #[test]
+    fn small_tables_take_what_many_rows_and_one_row_tell() {
+        let all = rows(1_000, letters);
+        let tried = Engine::try_tables(&all).unwrap();
+        let each = tried.settled as f64 / all.len() as f64;
+        for count in [1, 3, 10, 40, 200] {
+            let found = table_bytes(&all[500..500 + count], DBCompressionType::Zstd).unwrap();
+            let estimated = tried.table as f64 + count as f64 * each;
+            let part = estimated / found as f64 - 1.0;
+            assert!(part.abs() < 0.06, "{count} rows take {found}, not {estimated}: {tried:?}");
+        }
+        // The shortest row is the measure, wherever it is.
+        let mut uneven = all;
+        uneven[0].1 = vec![0x5A; 3 << 20];
+        let tried = Engine::try_tables(&uneven).unwrap();
+        assert!(tried.table < 4_000, "{tried:?}");
     }
 
     #[test]

@@ -68,6 +68,7 @@ impl Hosted {
             cancel: shared.cancel.clone(),
             // The drain of a replica is part of no plan.
             trace: TargetTrace::silent(),
+            resized: Vec::new(),
         };
         while !shared.cancel.is_cancelled() {
             let taken = bootstrap.join_what_was_shipped(replica, left, shards).await;

@@ -20,7 +20,7 @@ use vasto_shipping::{CatalogStore, archive};
 use super::ReplicaSpec;
 use super::shared::{RETRY, RETRY_MAX, Shared};
 use crate::build::sources::{self, RestoreSource, RestoreSources, Without};
-use crate::build::{Adoption, Bootstrap, BuildError, Log};
+use crate::build::{Adoption, Bootstrap, BuildError, Log, Resized};
 use crate::clock::SharedClock;
 use crate::engine::EngineShared;
 use crate::replica::command::ReplicaError;
@@ -114,7 +114,7 @@ impl Shared {
         self.status.lock().target = Some(progress.clone());
         let spec = &self.spec;
         let bulk = self.context.registry.bulk.of(spec.keyspace, plan.id);
-        let bootstrap = Bootstrap {
+        let mut bootstrap = Bootstrap {
             bucket: self.context.bucket.with_pacer(bulk),
             engines: self.context.engines.clone(),
             dir: spec.dir.clone(),
@@ -123,12 +123,14 @@ impl Shared {
             registry: self.context.registry.clone(),
             cancel: self.cancel.clone(),
             trace: TargetTrace::new(self.trace(plan.id), progress.clone()),
+            resized: Vec::new(),
         };
         let mut opened = None;
         let mut pause = RETRY;
         loop {
-            let taking = self.take_from_bucket(&bootstrap, &catalog, plan, &mut opened);
-            match taking.instrument(bootstrap.trace.log_span()).await {
+            let span = bootstrap.trace.log_span();
+            let taking = self.take_from_bucket(&mut bootstrap, &catalog, plan, &mut opened);
+            match taking.instrument(span).await {
                 Ok(()) => {
                     progress.lock().last_error = None;
                     return Ok(opened.map(|replica| (replica, catalog.clone())));
@@ -156,11 +158,13 @@ impl Shared {
 
     async fn take_from_bucket(
         &self,
-        bootstrap: &Bootstrap,
+        bootstrap: &mut Bootstrap,
         catalog: &Catalog,
         plan: &Plan,
         opened: &mut Option<Replica>,
     ) -> Result<(), BuildError> {
+        bootstrap.resized = self.resized(catalog, plan).await?;
+        let bootstrap = &*bootstrap;
         let choice = self.spec.dir.join("sources.json");
         let mut span = bootstrap.trace.begin("bucket get");
         span.set("vasto.what", "choice of archives");
@@ -209,6 +213,10 @@ impl Shared {
                 bootstrap.join_all(replica, &chosen, source, catalog.spec.shards).await
             }
         };
+        let taken = match taken {
+            Ok(()) => bootstrap.take_from_sources(replica, catalog.spec.shards, log).await,
+            Err(error) => Err(error),
+        };
         span.count("vasto.logs", bootstrap.progress.lock().reached.len() as u64);
         span.end(&taken);
         taken?;
@@ -221,6 +229,21 @@ impl Shared {
         self.passes(points::COPY_JOINED).await?;
         bootstrap.progress.lock().stage = TargetStage::Tailing;
         Ok(())
+    }
+
+    /// Returns the resizes whose sources may have shipped what the archives of the shard lack, of a
+    /// replica that is made of the bucket alone. Of a time that is past it is not known how far the
+    /// shard had followed them then.
+    async fn resized(&self, catalog: &Catalog, plan: &Plan) -> Result<Vec<Resized>, BuildError> {
+        match plan.kind {
+            PlanKind::RecoverReplica { .. } => Ok(Resized::all(catalog, self.spec.shard)),
+            PlanKind::Restore { keyspace, version, at_us: None } => {
+                let store = CatalogStore::new(self.context.bucket.clone());
+                let then = store.version(keyspace, version).await?;
+                Ok(then.map(|then| Resized::all(&then, self.spec.shard)).unwrap_or_default())
+            }
+            _ => Ok(Vec::new()),
+        }
     }
 
     /// Returns the archives that this replica begins with, the best first.

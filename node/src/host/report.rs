@@ -89,6 +89,7 @@ impl Host {
         if let Some(ship) = &status.ship {
             let published = ship.status();
             (report.shipped_lsn, report.manifest_lsn) = (published.shipped, published.manifest);
+            report.ships_behind = published.behind;
             if published.over_cap
                 && let Some(source) = &mut report.source
             {

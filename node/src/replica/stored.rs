@@ -31,6 +31,11 @@ use crate::engine::{Engine, EngineError, Files};
 const TRIED_ROWS: usize = 4_000;
 const TRIED_BYTES: usize = 1 << 20;
 
+/// The walk of a trial is over all of the data when there are no more entries than this, in files of
+/// no more bytes: some ten milliseconds.
+const WALKED_ENTRIES: u64 = 20_000;
+const WALKED_BYTES: u64 = 32 << 20;
+
 /// A trial serves while the number of entries has changed by less than this part.
 const CHANGED_PART: u64 = 20;
 
@@ -57,28 +62,33 @@ impl Replica {
         };
         let mut tried = last;
         if !last.as_ref().is_some_and(serves) && entries > 0 {
-            tried = self.tried(entries)?.or(last);
+            let everything = entries <= WALKED_ENTRIES && files.bytes <= WALKED_BYTES;
+            tried = self.tried(entries, everything)?.or(last);
         }
         let mut trials = self.shared.trials.lock();
         (trials.last, trials.checked) = (tried, Some(now));
         Ok(())
     }
 
-    fn tried(&self, entries: u64) -> Result<Option<Trial>, EngineError> {
+    fn tried(&self, entries: u64, everything: bool) -> Result<Option<Trial>, EngineError> {
         let floor = self.floor();
         let keeps =
             |_: &[u8], entry: &[u8]| Entry::decode(entry).is_ok() && !is_collected(entry, floor);
-        let sample = self.shared.engine.sample(TRIED_ROWS, TRIED_BYTES, keeps)?;
+        let sample = self.shared.engine.sample(TRIED_ROWS, TRIED_BYTES, everything, keeps)?;
         if sample.rows.is_empty() {
             return Ok(None);
         }
         let tried = Engine::try_tables(&sample.rows)?;
         let each = |bytes: u64| bytes as f64 / sample.rows.len() as f64;
-        let live = sample.walk.live as f64 / sample.walk.entries.max(1) as f64;
+        let live = sample.walk.live as f64;
+        let kept = match everything {
+            true => live,
+            false => entries as f64 * (live / sample.walk.entries.max(1) as f64).min(1.0),
+        };
         Ok(Some(Trial {
             at: Instant::now(),
             entries,
-            kept: entries as f64 * live.min(1.0),
+            kept,
             table: tried.table,
             settled: each(tried.settled),
             flushed: each(tried.flushed),

@@ -13,6 +13,7 @@ mod failures;
 mod grow;
 mod hosted_plans;
 mod hosts;
+mod lost_target;
 mod moments;
 mod replay;
 mod replication;

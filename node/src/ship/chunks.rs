@@ -322,6 +322,7 @@ impl Chunks {
             // The status never claims more than is covered without a gap.
             status.chained_from = self.state.chained_from();
             status.shipped = self.state.shipped_lsn;
+            status.behind = self.state.ships_behind();
             status.manifest = self.state.manifest_lsn().unwrap_or(status.manifest);
         });
     }

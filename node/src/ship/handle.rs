@@ -87,9 +87,9 @@ impl ShipHandle {
         self.ask(|done| ShipRequest::Checkpoint { compact, anew: false, done }).await
     }
 
-    /// Uploads everything again, when this replica ships; `None` when it does not.
+    /// Uploads everything again, when this replica ships or has shipped; `None` when it has not.
     pub(crate) async fn checkpoint_anew(&self) -> Result<Option<PinnedManifest>, ShipError> {
-        if !self.ships() {
+        if !self.ships() && !self.status().has_own_objects() {
             return Ok(None);
         }
         self.ask(|done| ShipRequest::Checkpoint { compact: None, anew: true, done }).await.map(Some)

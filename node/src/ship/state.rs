@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use vasto_core::ids::Lsn;
 use vasto_core::plan::PinnedManifest;
+use vasto_core::report::{Continues, ShipsBehind};
+use vasto_shipping::layout::{self, Shipped};
 
 use crate::node_dir::{DirError, read_json, write_json};
 
@@ -37,6 +39,10 @@ pub(super) struct ShipState {
     /// LSN up to which archives of others covered the log when this replica continued after them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) went_on_behind: Option<Lsn>,
+    /// Whose archive it was, while no manifest of this replica covers that LSN; unknown in files of
+    /// older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    continues: Option<Continues>,
 }
 
 impl ShipState {
@@ -65,6 +71,17 @@ impl ShipState {
         self.manifest.as_ref().map(|manifest| manifest.lsn)
     }
 
+    /// Returns what the bucket holds before this replica's own objects; `None` when that is not known.
+    pub(super) fn ships_behind(&self) -> Option<ShipsBehind> {
+        let covered = self.manifest_lsn().unwrap_or_default();
+        match (self.continues, self.went_on_behind) {
+            (Some(continues), _) => Some(ShipsBehind::Others(continues)),
+            // Written before the other replica was noted.
+            (None, Some(lsn)) if lsn > covered => None,
+            (None, _) => Some(ShipsBehind::Nobody),
+        }
+    }
+
     /// Records a chunk that ends with `last`.
     pub(super) fn add_chunk(&mut self, key: String, last: Lsn) {
         self.chained_from = Some(self.chained_from());
@@ -76,6 +93,7 @@ impl ShipState {
     /// Records a manifest, which supersedes so many chunks.
     pub(super) fn add_manifest(&mut self, manifest: PinnedManifest, superseded: u64) {
         self.inherited = None;
+        self.continues = self.continues.filter(|continues| continues.lsn > manifest.lsn);
         self.chunks = self.chunks.saturating_sub(superseded);
         if manifest.lsn > self.shipped_lsn {
             // Records in between are in no chunk.
@@ -89,6 +107,12 @@ impl ShipState {
     /// Records that archives of others cover the log up to `lsn`: `previous` is their last object,
     /// with so many chunks after a manifest.
     pub(super) fn continue_after(&mut self, lsn: Lsn, previous: String, chunks: u64) {
+        self.continues = match layout::parse_shipped(&previous) {
+            Some((other, Shipped::Chunk(object) | Shipped::Manifest(object))) => {
+                Some(Continues { replica: other.replica, object, lsn })
+            }
+            _ => None,
+        };
         self.shipped_lsn = lsn;
         self.went_on_behind = Some(lsn);
         // Earlier records are in no chunk of this replica.
@@ -144,6 +168,28 @@ mod tests {
         assert_eq!(state.previous.as_deref(), Some("manifest 30"));
         state.add_chunk("c".into(), Lsn(40));
         assert_eq!((state.shipped_lsn, state.chained_from()), (Lsn(40), Lsn(30)));
+    }
+
+    #[test]
+    fn whose_archive_is_continued_is_known_until_a_manifest_covers_it() {
+        use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+        let chunk = layout::chunk(KeyspaceId(1), ShardId(0), ReplicaId(7), Lsn(41));
+        let mut state = ShipState::default();
+        assert_eq!(state.ships_behind(), Some(ShipsBehind::Nobody));
+        state.continue_after(Lsn(12), chunk, 3);
+        let continues = Continues { replica: ReplicaId(7), object: Lsn(41), lsn: Lsn(12) };
+        assert_eq!(state.ships_behind(), Some(ShipsBehind::Others(continues)));
+        state.add_chunk("own".into(), Lsn(20));
+        let text = serde_json::to_string(&state).unwrap_or_default();
+        let mut read: ShipState = serde_json::from_str(&text).unwrap_or_default();
+        assert_eq!(read.ships_behind(), Some(ShipsBehind::Others(continues)), "{text}");
+        read.add_manifest(manifest(11), 0);
+        assert_eq!(read.ships_behind(), Some(ShipsBehind::Others(continues)));
+        read.add_manifest(manifest(25), 1);
+        assert_eq!(read.ships_behind(), Some(ShipsBehind::Nobody));
+        let old = r#"{"shipped_lsn":20,"manifest":null,"previous":null,"went_on_behind":12}"#;
+        let old: ShipState = serde_json::from_str(old).unwrap_or_default();
+        assert_eq!(old.ships_behind(), None);
     }
 
     #[test]

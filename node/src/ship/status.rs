@@ -7,6 +7,7 @@
 //! - Each value is replaced as a whole: a reader never sees the LSNs of two different moments.
 
 use vasto_core::ids::Lsn;
+use vasto_core::report::ShipsBehind;
 
 /// Whether a replica ships for its shard.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -68,6 +69,8 @@ pub(crate) struct ShipStatus {
     pub(crate) shipped: Lsn,
     /// LSN up to which the last manifest covers the log.
     pub(crate) manifest: Lsn,
+    /// What the bucket holds before this replica's own objects; `None` when that is not known.
+    pub(crate) behind: Option<ShipsBehind>,
     /// LSN from which chunks cover the log without a gap, up to `shipped`.
     pub(super) chained_from: Lsn,
     /// A client has requested a bucket acknowledgement here: from then on this replica ships too.
@@ -76,4 +79,15 @@ pub(crate) struct ShipStatus {
     pub(crate) over_cap: bool,
     /// The log is at its cap and only a follower keeps it: the follower has to be evicted.
     pub(crate) held_back: bool,
+}
+
+impl ShipStatus {
+    /// Returns true when the bucket has, or had, objects of this replica itself.
+    pub(super) fn has_own_objects(&self) -> bool {
+        let covered_by_others = match self.behind {
+            Some(ShipsBehind::Others(continues)) => continues.lsn,
+            Some(ShipsBehind::Nobody) | None => Lsn(0),
+        };
+        self.manifest > Lsn(0) || self.shipped > covered_by_others
+    }
 }

@@ -10,6 +10,7 @@ use futures::{StreamExt, TryStreamExt};
 use serde::Serialize;
 use vasto_core::CatalogVersion;
 use vasto_core::ids::{KeyspaceId, Lsn};
+use vasto_core::report::{Continues, ShipsBehind};
 
 use super::clocks::of_the_future;
 use super::exports::{self, NamedExports};
@@ -80,6 +81,8 @@ pub struct KnownReplica {
     pub manifest_lsn: Lsn,
     /// LSN up to which checkpoint and chunks cover its log.
     pub shipped_lsn: Lsn,
+    /// Whose archive its own one continues; `None` when its node does not say.
+    pub behind: Option<ShipsBehind>,
 }
 
 /// Checks that every named object exists, with the size and checksum that it should have. With
@@ -371,14 +374,45 @@ fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
             }
             at = at.max(range.last);
         }
-        // A replica that begins to ship behind another one counts what that one has shipped, before
-        // it has an object of its own.
-        let begins = newest.is_none() && logs.get(&owner).is_none_or(BTreeMap::is_empty);
-        if begins && others_have_shipped(survey, logs, &owner) {
-            continue;
+        let Some(report) = report else { continue };
+        match report.behind {
+            // What is before its own objects, and counts as shipped, is in the archives of others.
+            Some(ShipsBehind::Others(continues)) => {
+                if continues.lsn > start {
+                    found.missing.extend(lost_predecessor(survey, &owner, continues, is_kept));
+                }
+                at = at.max(continues.lsn);
+            }
+            Some(ShipsBehind::Nobody) => {}
+            // Its node does not say whether it has an object of its own yet.
+            None => {
+                let begins = newest.is_none() && logs.get(&owner).is_none_or(BTreeMap::is_empty);
+                if begins && others_have_shipped(survey, logs, &owner) {
+                    continue;
+                }
+            }
         }
-        if report.is_some_and(|report| at < report.shipped_lsn) {
+        if at < report.shipped_lsn {
             found.missing.push(owner.chunk(at.next()));
         }
     }
+}
+
+/// Returns the key of the object that a replica's archive continues, when it is lost: it is not
+/// there, no later checkpoint of its replica stands for it, and that replica still counts.
+fn lost_predecessor(
+    survey: &Survey,
+    owner: &Owner,
+    continues: Continues,
+    is_kept: impl Fn(&Owner) -> bool,
+) -> Option<String> {
+    let other = Owner { replica: continues.replica, ..*owner };
+    let later = survey
+        .manifests
+        .get(&other)
+        .is_some_and(|all| all.range(continues.object..).next().is_some());
+    let (chunk, manifest) = (other.chunk(continues.object), other.manifest(continues.object));
+    let is_there =
+        || survey.objects.iter().any(|object| object.key == chunk || object.key == manifest);
+    (is_kept(&other) && !later && !is_there()).then_some(chunk)
 }

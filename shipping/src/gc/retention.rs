@@ -201,8 +201,16 @@ impl<'a> Needed<'a> {
             Shipped::Manifest(lsn) => {
                 !self.retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn))
             }
-            Shipped::Chunk(first) => self.is_covered(&owner, first),
+            Shipped::Chunk(first) => self.is_covered(&owner, first) && !self.gave(&owner),
         }
+    }
+
+    /// Returns true while rows that the replica gave to another shard are in quarantine: should that
+    /// shard be lost before it has shipped them, it is made again with this replica's log.
+    fn gave(&self, owner: &Owner) -> bool {
+        self.survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| {
+            catalog.quarantines.iter().any(|kept| kept.replicas.contains(&owner.replica))
+        })
     }
 
     /// Returns true when a whole chunk lies before the oldest retained checkpoint.

@@ -118,3 +118,39 @@ async fn rows_whose_time_ends_while_they_move_are_gone_at_their_new_place() -> R
     ensure!(converged(&cluster, "passing").await? == ROWS as usize);
     cluster.finish().await
 }
+
+/// While a target follows, its source acknowledges writes because the bucket has them. The target
+/// dies at the commit, with its disk, before it has shipped what it had taken.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_bucket_has_of_a_source_outlives_the_target_that_dies_at_the_commit() -> Result<()>
+{
+    const ROWS: u64 = 300;
+    let started = Cluster::builder().nodes(2).set("node.ship_interval=1h").failpoints();
+    let mut cluster = started.allow_warnings().start().await?;
+    cluster.create("behind", 1, &["--ack", "bucket"]).await?;
+    let keyspace = cluster.keyspace("behind").await?;
+    put_all(&keyspace, "before", ROWS).await?;
+    cluster.failpoints().arm(points::MASTER_SEALING_BEFORE, Action::Pause)?;
+    cluster.failpoints().arm(points::TARGET_OPEN_BEFORE, Action::Exit)?;
+    let grow = Resizing::start(&cluster, "behind", 2).await?;
+    fired(&cluster, points::MASTER_SEALING_BEFORE).await?;
+    put_all(&keyspace, "followed", ROWS).await?;
+    cluster.failpoints().release(points::MASTER_SEALING_BEFORE)?;
+    let pid = fired(&cluster, points::TARGET_OPEN_BEFORE).await?;
+    let lost = cluster.node_of_pid(pid).context("no node has died")?;
+    let id = cluster.node_id(lost).context("it has no id")?;
+    cluster.kill9_node(lost).await?;
+    std::fs::remove_dir_all(cluster.node_dir(lost))?;
+    // It ends without the target, once that has been away for a minute.
+    let report = grow.ended().await?;
+    ensure!(report.outcome == OperationOutcome::Done, "{report:?}");
+    cluster.add_node().await?;
+    let replaced = cluster.json(&["node", "replace", &id]).await?;
+    ensure!(replaced["state"] == "done", "{replaced}");
+    let keyspace = cluster.keyspace("behind").await?;
+    for prefix in ["before", "followed"] {
+        let gone = missing(&keyspace, prefix, ROWS).await?;
+        ensure!(gone == 0, "{gone} acknowledged writes of {prefix} are lost");
+    }
+    cluster.finish().await
+}

@@ -108,6 +108,7 @@ async fn restored<F: Future<Output = ()>>(
             registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
             cancel: CancellationToken::new(),
             trace: TargetTrace::silent(),
+            resized: Vec::new(),
         };
         let running = Mutex::new(None::<Replica>);
         let attempt = async {

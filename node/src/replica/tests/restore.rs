@@ -62,6 +62,7 @@ pub(super) fn bootstrap_into(rig: &Rig, bucket: &Bucket, dir: &Path) -> Bootstra
         registry: Arc::new(NodeRegistry::new(NodeId(1), rig.clock.clone(), 1)),
         cancel: CancellationToken::new(),
         trace: TargetTrace::silent(),
+        resized: Vec::new(),
     }
 }
 

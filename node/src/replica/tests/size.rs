@@ -81,3 +81,55 @@ fn an_empty_replica_takes_little_disk() {
     let bytes = allocated(&rig.path);
     assert!(bytes < 400 << 10, "{bytes} bytes");
 }
+
+/// Returns a value that compresses like text.
+fn letters(n: usize) -> String {
+    let mut state = n as u64 + 1;
+    let letter = |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        char::from(b'0' + ((state >> 33) & 63) as u8)
+    };
+    (0..400).map(letter).collect()
+}
+
+fn load_letters(replica: &Replica, keys: std::ops::Range<usize>) {
+    let keys: Vec<usize> = keys.collect();
+    for chunk in keys.chunks(500) {
+        write(replica, chunk.iter().map(|i| put(&format!("k{i:06}"), &letters(*i))).collect());
+    }
+}
+
+/// Returns the rows that the replica would give, and their bands.
+fn rows_by_band(replica: &Replica) -> (f64, usize) {
+    replica.try_tables().unwrap();
+    let stored = replica.stored_by_band().unwrap();
+    (stored.bands.iter().map(|size| size.rows).sum::<u64>() as f64, stored.bands.len())
+}
+
+/// RocksDB has looked into twenty of the files that a compaction leaves, and says nothing of the rest.
+#[test]
+fn every_band_of_a_compacted_replica_counts() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    load_letters(&replica, 0..5_000);
+    replica.engine().flush().unwrap();
+    replica.engine().compact_all();
+    let (rows, bands) = rows_by_band(&replica);
+    assert!(bands > 80, "{bands} bands");
+    assert!((rows / 5_000.0 - 1.0).abs() < 0.02, "{rows} rows");
+    let bytes = replica.stored_by_band().unwrap().bands.iter().map(|size| size.bytes).sum::<u64>();
+    let found = replica.size().1;
+    assert!(bytes < found && bytes > found / 2, "{bytes} of {found}");
+}
+
+/// Keys that are neighbours were written at the same time.
+#[test]
+fn older_versions_are_found_where_they_are() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    load_letters(&replica, 0..6_000);
+    replica.engine().flush().unwrap();
+    load_letters(&replica, 3_000..6_000);
+    let (rows, _) = rows_by_band(&replica);
+    assert!((rows / 6_000.0 - 1.0).abs() < 0.02, "{rows} rows");
+}

@@ -1,0 +1,85 @@
+//! The resizes that a shard received rows in, as far as their sources still keep these.
+//!
+//! **Invariant:** read from the catalog alone: a quarantine ends only once a manifest of each target
+//! covers what has moved, and with it the need for the sources.
+
+use vasto_core::catalog::{Catalog, Quarantine};
+use vasto_core::ids::{Lsn, ReplicaId, ShardId};
+use vasto_shipping::layout::Owner;
+
+/// A resize in quarantine, as a shard sees it that received rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Resized {
+    /// Replicas of the shard, each with the LSN of its log that covers everything up to the seals.
+    pub targets: Vec<(ReplicaId, Lsn)>,
+    /// The replicas that gave the rows.
+    pub sources: Vec<Owner>,
+}
+
+impl Resized {
+    /// Returns those of a shard.
+    pub(crate) fn all(catalog: &Catalog, shard: ShardId) -> Vec<Self> {
+        let of_shard = |quarantine: &Quarantine| Self::of(catalog, shard, quarantine);
+        let all = catalog.quarantines.iter().map(of_shard);
+        all.filter(|resized| !resized.targets.is_empty()).collect()
+    }
+
+    fn of(catalog: &Catalog, shard: ShardId, quarantine: &Quarantine) -> Self {
+        let placed = catalog.placement.iter().flat_map(|placed| {
+            placed.replicas.iter().map(move |member| (member.replica, placed.shard))
+        });
+        let retired = catalog.retired.iter().map(|retired| (retired.replica, retired.shard));
+        let shards: Vec<(ReplicaId, ShardId)> = placed.chain(retired).collect();
+        let shard_of = |replica: ReplicaId| {
+            shards.iter().find(|(other, _)| *other == replica).map(|(_, shard)| *shard)
+        };
+        let targets = quarantine.targets.iter().chain(&quarantine.others);
+        let sources = quarantine.replicas.iter().filter_map(|replica| {
+            let (keyspace, shard) = (catalog.keyspace, shard_of(*replica)?);
+            Some(Owner { keyspace, shard, replica: *replica })
+        });
+        Self {
+            targets: targets
+                .filter(|(replica, _)| shard_of(*replica) == Some(shard))
+                .copied()
+                .collect(),
+            sources: sources.filter(|source| source.shard != shard).collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vasto_core::Band;
+    use vasto_core::catalog::KeyspaceSpec;
+    use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
+
+    use super::*;
+
+    #[test]
+    fn a_shard_that_received_rows_knows_its_targets_and_their_sources() {
+        let spec = KeyspaceSpec { shards: 3, replicas: 1, ..KeyspaceSpec::default() };
+        let nodes = [vec![NodeId(1)], vec![NodeId(2)], vec![NodeId(3)]];
+        let mut catalog = Catalog::first(KeyspaceId(4), "ks", spec, &nodes, 1, 1);
+        catalog.quarantines.push(Quarantine {
+            plan: PlanId(1),
+            range: Band::leaving(2, 3).into(),
+            replicas: vec![ReplicaId(1), ReplicaId(2), ReplicaId(99)],
+            targets: vec![(ReplicaId(3), Lsn(40))],
+            others: Vec::new(),
+            until_us: 9,
+            dropping: false,
+        });
+        assert_eq!(Resized::all(&catalog, ShardId(1)), []);
+        let source = |replica: u64, shard: u32| Owner {
+            keyspace: KeyspaceId(4),
+            shard: ShardId(shard),
+            replica: ReplicaId(replica),
+        };
+        let resized = Resized {
+            targets: vec![(ReplicaId(3), Lsn(40))],
+            sources: vec![source(1, 0), source(2, 1)],
+        };
+        assert_eq!(Resized::all(&catalog, ShardId(2)), [resized]);
+    }
+}
