@@ -4,9 +4,9 @@
 //! length of a span is measured by a clock that does not jump.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::trace::{
@@ -21,6 +21,9 @@ use crate::{IS_ROOT, LOG_TARGET, is_enabled};
 
 /// Spans of failed work that are exported of one handle and its clones.
 const FAILED_MAX: u32 = 16;
+/// Spans of one name that are exported once so many have failed: what succeeds is repeated with what
+/// fails behind it.
+const REPEATED_MAX: u32 = 64;
 
 /// The trace of one operation. Clones share what they count.
 #[derive(Debug, Clone)]
@@ -30,8 +33,32 @@ pub struct OperationTrace {
     root: SpanContext,
     /// What every span says besides its own.
     attributes: Vec<KeyValue>,
-    /// Spans of failed work so far.
-    failed: Arc<AtomicU32>,
+    ended: Arc<Mutex<Ended>>,
+}
+
+/// The spans of a handle and its clones that have ended.
+#[derive(Debug, Default)]
+struct Ended {
+    /// Those of failed work.
+    failed: u32,
+    /// By name, those of other work since [`FAILED_MAX`] have failed.
+    repeated: BTreeMap<&'static str, u32>,
+}
+
+impl Ended {
+    /// Counts one more; returns true when it is one too many.
+    fn add(&mut self, name: &'static str, failed: bool) -> bool {
+        if failed {
+            self.failed = self.failed.saturating_add(1);
+            return self.failed > FAILED_MAX;
+        }
+        if self.failed < FAILED_MAX {
+            return false;
+        }
+        let times = self.repeated.entry(name).or_default();
+        *times = times.saturating_add(1);
+        *times > REPEATED_MAX
+    }
 }
 
 /// A span that is over.
@@ -68,7 +95,7 @@ impl OperationTrace {
             operation: operation.into(),
             root: root_of(cluster, operation),
             attributes: Vec::new(),
-            failed: Arc::default(),
+            ended: Arc::default(),
         }
     }
 
@@ -196,9 +223,11 @@ impl OpenSpan {
         if !std::mem::take(&mut self.open) {
             return;
         }
-        let too_many =
-            || self.trace.failed.fetch_add(1, Ordering::Relaxed).saturating_add(1) > FAILED_MAX;
-        if error.is_some() && too_many() {
+        let too_many = {
+            let mut ended = self.trace.ended.lock().unwrap_or_else(PoisonError::into_inner);
+            ended.add(self.name, error.is_some())
+        };
+        if too_many {
             return;
         }
         let past = Past {
@@ -222,8 +251,6 @@ impl Drop for OpenSpan {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::sync::Mutex;
-
     use opentelemetry_sdk::error::OTelSdkResult;
     use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData, SpanExporter};
 
@@ -271,6 +298,7 @@ mod tests {
         span.end(&Ok::<_, String>(()));
         drop(node.begin("left alone"));
         for _ in 0..100 {
+            node.begin("before").done();
             node.clone().begin("again").end(&Err::<(), _>("the bucket is away"));
         }
         node.begin("at last").done();
@@ -288,8 +316,9 @@ mod tests {
         let took = first.end_time.duration_since(first.start_time).unwrap();
         assert!(took >= Duration::from_millis(250) && took < Duration::from_secs(60), "{took:?}");
         assert_eq!(spans[1].status, Status::error("it was cut off"));
-        let again = spans.iter().filter(|span| span.name == "again").count();
-        assert_eq!(again, FAILED_MAX as usize - 1, "one more was cut off");
+        let times = |name: &str| spans.iter().filter(|span| span.name == name).count() as u32;
+        assert_eq!(times("again"), FAILED_MAX - 1, "one more was cut off");
+        assert_eq!(times("before"), FAILED_MAX - 1 + REPEATED_MAX, "what fails comes behind it");
         assert_eq!(spans.last().unwrap().name, "at last");
 
         let whole = OperationTrace::new("c-1", "rebalance-9");

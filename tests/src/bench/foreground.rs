@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
@@ -222,7 +222,7 @@ impl Drop for Foreground {
 /// Finds the most requests a second that the cluster and its clients give on this machine.
 ///
 /// # Errors
-/// As of [`Foreground::end`].
+/// As of [`Foreground::end`]; when no request is answered at all.
 pub(super) async fn peak(
     keyspace: &Keyspace,
     values: &Values,
@@ -242,5 +242,6 @@ pub(super) async fn peak(
             best = Peak { clients, requests_per_s };
         }
     }
+    ensure!(best.clients > 0, "no request was answered: there is no load to measure at");
     Ok(best)
 }

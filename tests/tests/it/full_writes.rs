@@ -1,7 +1,7 @@
 //! Resizes while clients write to the moving keys alone, as fast as they can; with a bucket that
 //! takes 300 ms for each request; and across a cutover that a client does not see.
 //!
-//! `VASTO_FULL_WRITES` sets how often a keyspace grows and shrinks (2).
+//! `VASTO_FULL_WRITES` sets how often a keyspace grows and shrinks (1).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
