@@ -10,7 +10,7 @@ use crate::control::catalog::{
     Catalog, KeyspaceState, Placed, REMOVED_KEPT, RetiredReplica, ShardPlacement,
 };
 use crate::control::retirement::Retirement;
-use crate::ids::{NodeId, ReplicaId, ShardId};
+use crate::ids::{NodeId, PlanId, ReplicaId, ShardId};
 
 impl Catalog {
     /// Returns the placed replicas, the targets under construction, the draining replicas and those
