@@ -6,7 +6,8 @@
 //!
 //! A drain of a node and a rebalance are wholes, whose parts are plans: the copies of the one, the
 //! moves of the other. What is asked of a whole holds for its parts: a paused one begins none and
-//! keeps those that run paused; the bound of its rate is divided among those that run.
+//! keeps those that run paused; the bound of its rate is divided among those that run. A repair is
+//! no part of a whole.
 //!
 //! **Invariant:** nothing is written while a plan is sealed or after it has committed: a version
 //! in between would void the seals, and the rest takes moments. The parts of a whole together have
@@ -15,7 +16,7 @@
 use super::refusal::PaceError;
 use crate::catalog::{Catalog, NodeDrain};
 use crate::control::operation::operation_id;
-use crate::control::plan::{Plan, Step};
+use crate::control::plan::{Plan, PlanKind, Step};
 use crate::ids::{NodeId, PlanId};
 use crate::limits::BULK_RATE_MIN;
 
@@ -180,14 +181,29 @@ fn plans_mut(catalog: &mut Catalog) -> impl Iterator<Item = &mut Plan> {
     catalog.plan.iter_mut().chain(catalog.moves.iter_mut().map(|moving| &mut moving.plan))
 }
 
-/// Returns the drain that a running plan is a part of: it makes one more replica of a shard that has
-/// one on the node which is drained.
+/// Returns the drain that a running plan is a part of: it makes one more replica of a shard of which
+/// one is on the node that is drained, or was taken from the node that is replaced. Of several drains
+/// one that goes on has it: it needs the replica as well.
+///
+/// A replica that the shard would lack without any drain is a repair and no part of one: a pause of a
+/// drain holds no repair up.
 pub fn drain_of_plan<'a>(catalog: &'a Catalog, plan: &Plan) -> Option<&'a NodeDrain> {
     let runs = catalog.plan.as_ref().is_some_and(|running| running.id == plan.id);
     let target = plan.targets.first().filter(|_| runs && plan.adds_member())?;
     let shard = catalog.shard(target.shard)?;
-    let is_of = |drain: &&NodeDrain| shard.replicas.iter().any(|one| one.node == drain.node);
-    catalog.draining_nodes.iter().find(is_of)
+    let took = |drain: &NodeDrain| catalog.has_taken(drain, target.shard);
+    let taken = catalog.draining_nodes.iter().filter(|drain| took(drain)).count();
+    let is_repair = matches!(plan.kind, PlanKind::AddReplica { .. })
+        && shard.replicas.len() + taken < catalog.spec.replicas as usize;
+    if is_repair {
+        return None;
+    }
+    let is_of = |drain: &&NodeDrain| {
+        took(drain) || shard.replicas.iter().any(|member| member.node == drain.node)
+    };
+    let mut drains = catalog.draining_nodes.iter().filter(is_of);
+    let first = drains.next()?;
+    Some(std::iter::once(first).chain(drains).find(|drain| !drain.paused).unwrap_or(first))
 }
 
 /// Returns the plans that move bytes and are parts of a whole, each with the whole.
