@@ -153,8 +153,38 @@ pub fn pace_drain(
     let WholePace { paused, max_rate } = pace.applied_to(WholePace::from(&*drain))?;
     (drain.paused, drain.max_rate) = (paused, max_rate);
     let whole = Whole::Drain(drain.node, drain.since_us);
-    pace_parts(&mut next, whole, pace);
+    pace_copy(catalog, &mut next, whole, pace);
     Ok(next)
+}
+
+/// Gives the copy that was a part of the drain, or is one now, the pace of the drain that has it now:
+/// of two that need it, the other one may.
+fn pace_copy(before: &Catalog, next: &mut Catalog, drain: Whole, pace: Pace) {
+    let Some((now, paused)) = drain_of_copy(next) else { return };
+    let was = drain_of_copy(before).map(|(was, _)| was);
+    let Some(copy) = next.plan.as_mut().filter(|_| now == drain || was == Some(drain)) else {
+        return;
+    };
+    match pace {
+        Pace::Pause => copy.paused |= paused,
+        Pace::Resume => copy.paused = paused,
+        Pace::Rate(_) => {}
+    }
+    // Its part of another rate is set by `follow_wholes`.
+    if pace == Pace::Rate(None) || was != Some(now) {
+        copy.max_rate = None;
+    }
+}
+
+/// Returns the drain that the running copy is a part of, and whether it is paused.
+fn drain_of_copy(catalog: &Catalog) -> Option<(Whole, bool)> {
+    let copy = catalog.plan.as_ref().filter(|plan| moves_bytes(plan))?;
+    let drain = drain_of_plan(catalog, copy)?;
+    Some((Whole::Drain(drain.node, drain.since_us), drain.paused))
+}
+
+fn moves_bytes(plan: &Plan) -> bool {
+    matches!(plan.step, Step::Prepare | Step::Tail)
 }
 
 /// Returns the version that changes the moves of a rebalance as the rebalance is changed; `None`
@@ -183,7 +213,8 @@ fn plans_mut(catalog: &mut Catalog) -> impl Iterator<Item = &mut Plan> {
 
 /// Returns the drain that a running plan is a part of: it makes one more replica of a shard of which
 /// one is on the node that is drained, or was taken from the node that is replaced. Of several drains
-/// one that goes on has it: it needs the replica as well.
+/// one that goes on has it, since it needs the replica as well; one that is paused has it when the
+/// replica takes the place of all others.
 ///
 /// A replica that the shard would lack without any drain is a repair and no part of one: a pause of a
 /// drain holds no repair up.
@@ -193,26 +224,29 @@ pub fn drain_of_plan<'a>(catalog: &'a Catalog, plan: &Plan) -> Option<&'a NodeDr
     let shard = catalog.shard(target.shard)?;
     let took = |drain: &NodeDrain| catalog.has_taken(drain, target.shard);
     let taken = catalog.draining_nodes.iter().filter(|drain| took(drain)).count();
-    let is_repair = matches!(plan.kind, PlanKind::AddReplica { .. })
-        && shard.replicas.len() + taken < catalog.spec.replicas as usize;
-    if is_repair {
+    let replaces_all = matches!(plan.kind, PlanKind::RecoverReplica { .. });
+    if !replaces_all && shard.replicas.len() + taken < catalog.spec.replicas as usize {
         return None;
     }
     let is_of = |drain: &&NodeDrain| {
         took(drain) || shard.replicas.iter().any(|member| member.node == drain.node)
     };
-    let mut drains = catalog.draining_nodes.iter().filter(is_of);
-    let first = drains.next()?;
-    Some(std::iter::once(first).chain(drains).find(|drain| !drain.paused).unwrap_or(first))
+    let drains: Vec<&NodeDrain> = catalog.draining_nodes.iter().filter(is_of).collect();
+    let has_it = drains.iter().find(|drain| drain.paused == replaces_all);
+    has_it.or(drains.first()).copied()
+}
+
+/// Lifts what a whole has asked of its parts in the version before: another one takes its place.
+pub(super) fn release_parts(before: &Catalog, whole: Whole, next: &mut Catalog) {
+    let parts = parts_of_wholes(before);
+    for plan in plans_mut(next).filter(|plan| parts.contains(&(plan.id, whole))) {
+        (plan.paused, plan.max_rate) = (false, None);
+    }
 }
 
 /// Returns the plans that move bytes and are parts of a whole, each with the whole.
 pub fn parts_of_wholes(catalog: &Catalog) -> Vec<(PlanId, Whole)> {
-    let moves_bytes = |plan: &Plan| matches!(plan.step, Step::Prepare | Step::Tail);
-    let copy = catalog.plan.iter().filter(|plan| moves_bytes(plan)).filter_map(|plan| {
-        let drain = drain_of_plan(catalog, plan)?;
-        Some((plan.id, Whole::Drain(drain.node, drain.since_us)))
-    });
+    let copy = catalog.plan.iter().filter_map(|plan| Some((plan.id, drain_of_copy(catalog)?.0)));
     let moves = catalog.moves.iter().filter(|moving| moves_bytes(&moving.plan));
     copy.chain(moves.map(|moving| (moving.id(), Whole::Rebalance(moving.rebalance_us)))).collect()
 }

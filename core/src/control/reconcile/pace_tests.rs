@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::advance::advance;
-use super::drain::drain_node;
+use super::drain::{cancel_drain, drain_node};
 use super::failover::Presence;
 use super::members::advance_members;
 use super::moves::{MoveOrder, advance_moves, start_moves};
@@ -17,7 +17,7 @@ use super::refusal::PaceError;
 use super::resize::start_resize;
 use super::view::{Around, Site};
 use crate::catalog::{Catalog, KeyspaceSpec, NodeDrain};
-use crate::control::plan::{Plan, Step};
+use crate::control::plan::{Plan, PlanKind, Step};
 use crate::control::report::{
     ReplicaPhase, ReplicaReport, ReplicationReport, Reports, TargetProgress, TargetStage,
 };
@@ -321,6 +321,56 @@ fn a_copy_that_two_drains_need_goes_on_with_either() {
     assert!(
         !plan(&pace(&none, 1, Pace::Resume)).paused && !plan(&pace(&none, 0, Pace::Resume)).paused
     );
+}
+
+#[test]
+fn a_drain_that_takes_the_place_of_a_paused_one_goes_on_with_its_copy() {
+    let id = drain().operation_id();
+    let slow = pace_drain(&copying(), &id, Pace::Rate(Some(MIB)), NOW, 4).unwrap();
+    let mut paused = pace_drain(&slow, &id, Pace::Pause, NOW, 5).unwrap();
+    follow_wholes(&mut paused, |_| WholePace::default(), |_| 1);
+    assert_eq!((plan(&paused).paused, plan(&paused).max_rate), (true, Some(MIB)));
+    let again = drain_node(&paused, NodeDrain::new(NodeId(1), true, SINCE + 1), NOW, 6).unwrap();
+    assert_eq!((plan(&again).paused, plan(&again).max_rate), (false, None));
+    assert_eq!(drain_of_plan(&again, plan(&again)).unwrap().since_us, SINCE + 1);
+}
+
+#[test]
+fn whoever_cancels_a_drain_gives_up_no_copy_but_its_own() {
+    let cancel = |catalog: &Catalog, drain: &NodeDrain| {
+        let id = drain.operation_id();
+        cancel_drain(catalog, &id, "cancelled", &Reports::new(), NOW, 9).unwrap()
+    };
+    assert!(cancel(&copying(), &drain()).plan.is_none());
+    let drains = drain_node(&three_replicas(), drain(), NOW, 2).unwrap();
+    let repaired = without(3, true, Some(NodeId(9)), &drains).unwrap();
+    assert_eq!(cancel(&repaired, &drain()).plan, repaired.plan);
+    let other = NodeDrain::new(NodeId(2), false, SINCE);
+    let both = drain_node(&drains, other.clone(), NOW, 3).unwrap();
+    let begun = members(&both).unwrap();
+    assert_eq!(cancel(&begun, &other).plan, begun.plan, "it is that of node 1");
+    assert!(cancel(&begun, &drain()).plan.is_none());
+}
+
+#[test]
+fn what_replaces_all_replicas_of_a_shard_waits_for_each_that_is_held_back() {
+    let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
+    let nodes = [vec![NodeId(1), NodeId(2)]];
+    let mut lost = Catalog::first(KeyspaceId(1), "ks", spec, &nodes, NOW, 1);
+    let drains = [1, 2].map(|node| NodeDrain::new(NodeId(node), true, SINCE));
+    lost.draining_nodes = drains.to_vec();
+    let gone = |_: NodeId| Presence::Gone;
+    let around = Around { presence: &gone, ..around() };
+    let recovers = advance_members(&lost, &all_serve(&lost), &around, NOW, 3).unwrap();
+    assert!(matches!(plan(&recovers).kind, PlanKind::RecoverReplica { .. }));
+    for drain in &drains {
+        let id = drain.operation_id();
+        let paused = pace_drain(&recovers, &id, Pace::Pause, NOW, 4).unwrap();
+        assert!(plan(&paused).paused);
+        assert!(!plan(&pace_drain(&paused, &id, Pace::Resume, NOW, 5).unwrap()).paused);
+        let stays = cancel_drain(&recovers, &id, "cancelled", &Reports::new(), NOW, 9).unwrap();
+        assert!(stays.plan.is_none(), "it may be the only one that holds something");
+    }
 }
 
 proptest! {
