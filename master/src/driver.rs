@@ -225,16 +225,22 @@ impl KeyspaceDriver {
                 next.map(|mut next| {
                     state.follow_wholes(&mut next);
                     let hold = state.hold_places(&next);
-                    (next, hold)
+                    let pauses = state.pauses_moves(&next);
+                    (next, hold, pauses)
                 })
             };
-            let (next, _held) = match next {
-                Ok((next, hold)) => (next, hold.map(|hold| self.cluster.hold_places(hold))),
+            let (next, hold, pauses) = match next {
+                Ok(decided) => decided,
                 Err(error) => {
                     let _ = request.reply.send(Err(error));
                     return;
                 }
             };
+            let _held = hold.map(|hold| self.cluster.hold_places(hold));
+            // By old settings a rebalance may be paused that another master has resumed.
+            if pauses && self.cluster.refresh_settings().await {
+                continue;
+            }
             match self.write(next.clone()).await {
                 Written::Won => {
                     let _ = request.reply.send(Ok(Arc::new(next)));

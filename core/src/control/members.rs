@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 
 use crate::control::catalog::{
-    Catalog, KeyspaceState, Placed, REMOVED_KEPT, RetiredReplica, ShardPlacement,
+    Catalog, KeyspaceState, NodeDrain, Placed, REMOVED_KEPT, RetiredReplica, ShardPlacement,
 };
 use crate::control::retirement::Retirement;
 use crate::ids::{NodeId, PlanId, ReplicaId, ShardId};
@@ -94,6 +94,13 @@ impl Catalog {
     /// Returns the placement of a shard.
     pub fn shard(&self, shard: ShardId) -> Option<&ShardPlacement> {
         self.placement.iter().find(|placement| placement.shard == shard)
+    }
+
+    /// Returns true when the node is replaced and its replica of the shard has left the placement: a
+    /// node that may be gone is not waited for. Any other drain has its replica copied first.
+    pub(crate) fn has_taken(&self, drain: &NodeDrain, shard: ShardId) -> bool {
+        let mut left = self.draining.iter().filter(|draining| draining.shard == shard);
+        drain.replace && left.any(|draining| draining.node == drain.node)
     }
 
     /// Returns true when the replica serves under this version.

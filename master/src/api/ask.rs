@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
-use vasto_core::catalog::Catalog;
+use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::error::VastoError;
 use vasto_core::ids::{KeyspaceId, NodeId};
 use vasto_proto::v1;
@@ -81,20 +81,38 @@ pub(crate) async fn change(
 }
 
 /// Makes changes of several keyspaces as [`change`] does; the first error ends it, and what was begun
-/// may take effect all the same.
+/// may take effect all the same. A keyspace that the change does not concern any more is no error.
 pub(super) async fn change_all(
     cluster: &Arc<Cluster>,
     changes: Vec<(KeyspaceId, CatalogChange)>,
+    concerns: impl Fn(&Catalog) -> bool,
 ) -> Result<(), VastoError> {
     let mut asked = Vec::with_capacity(changes.len());
     for (keyspace, wanted) in changes {
-        asked.push(change(cluster, keyspace, wanted));
+        asked.push(change_if(cluster, keyspace, wanted, &concerns));
     }
     let mut asked = futures::stream::iter(asked).buffer_unordered(CHANGES_AT_ONCE);
     while let Some(changed) = asked.next().await {
         changed?;
     }
     Ok(())
+}
+
+/// Makes a change as [`change`] does. An error is none when the change does not concern the keyspace
+/// any more, or it was deleted.
+pub(super) async fn change_if(
+    cluster: &Arc<Cluster>,
+    keyspace: KeyspaceId,
+    wanted: CatalogChange,
+    concerns: impl Fn(&Catalog) -> bool,
+) -> Result<(), VastoError> {
+    let Err(error) = change(cluster, keyspace, wanted).await else { return Ok(()) };
+    let state = cluster.state();
+    let catalog = state.keyspaces.get(&keyspace).map(|keyspace| &*keyspace.catalog);
+    match catalog.is_some_and(|now| now.state == KeyspaceState::Active && concerns(now)) {
+        true => Err(error),
+        false => Ok(()),
+    }
 }
 
 /// Sends a command to every node with replicas of a keyspace and waits for all of them, as long as

@@ -12,7 +12,7 @@ use vasto_core::catalog::{Catalog, NodeDrain};
 use vasto_core::error::{ErrorCode, VastoError};
 use vasto_core::ids::KeyspaceId;
 use vasto_core::operation::OperationKind;
-use vasto_core::reconcile::{Pace, check_rate, pace_drain};
+use vasto_core::reconcile::{Pace, check_rate, concerns, pace_drain};
 use vasto_proto::v1;
 use vasto_shipping::weight::{Reading, weigh};
 
@@ -68,7 +68,7 @@ pub(crate) async fn drain(cluster: &Arc<Cluster>, request: v1::EmptyNodeRequest)
         let drain = NodeDrain { estimate: Some(part.estimate()), ..drain.clone() };
         (keyspace, CatalogChange::DrainNode(drain))
     });
-    ask::change_all(cluster, changes.collect()).await?;
+    ask::change_all(cluster, changes.collect(), |catalog| concerns(catalog, &drain)).await?;
     tracing::info!(%node, ?to, "moving all replicas of a node");
     let id = drain.operation_id();
     document(cluster, &id)
@@ -153,7 +153,8 @@ fn planned(
 /// Cancels a drain: the node keeps the replicas that it still has.
 pub(crate) async fn cancel(cluster: &Arc<Cluster>, id: &str) -> Answer {
     let cancel = |keyspace| (keyspace, CatalogChange::CancelDrain { operation: id.to_owned() });
-    ask::change_all(cluster, concerned(cluster, id)?.into_iter().map(cancel).collect()).await?;
+    let changes = concerned(cluster, id)?.into_iter().map(cancel).collect();
+    ask::change_all(cluster, changes, |catalog| drain_by(catalog, id).is_some()).await?;
     tracing::info!(operation = id, "cancelled an operation");
     show(cluster, id)
 }
@@ -191,18 +192,9 @@ pub(super) async fn pace(cluster: &Arc<Cluster>, id: &str, pace: Pace) -> Answer
     asked.retain(|keyspace| {
         cluster.state().keyspaces.get(keyspace).is_some_and(|one| !is_so(&one.catalog))
     });
-    let changes = asked.into_iter().map(|keyspace| async move {
-        let operation = id.to_owned();
-        let change = CatalogChange::PaceDrain { operation, pace };
-        let changed = ask::change(cluster, keyspace, change).await;
-        changed.map(drop).or_else(|error| {
-            let state = cluster.state();
-            let catalog = state.keyspaces.get(&keyspace).map(|keyspace| &keyspace.catalog);
-            match catalog.is_some_and(|catalog| drain_by(catalog, id).is_some()) {
-                true => Err(error),
-                false => Ok(()),
-            }
-        })
+    let changes = asked.into_iter().map(|keyspace| {
+        let change = CatalogChange::PaceDrain { operation: id.to_owned(), pace };
+        ask::change_if(cluster, keyspace, change, move |catalog| drain_by(catalog, id).is_some())
     });
     let changed = futures::future::join_all(changes).await;
     changed.into_iter().collect::<Result<(), VastoError>>()?;

@@ -13,7 +13,7 @@ use vasto_core::catalog::{KeyspaceSpec, Quarantine};
 use vasto_core::ids::{Epoch, Incarnation, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::SEALING_WRITE_MAX;
 use vasto_core::plan::{PinnedManifest, PlanKind, Step};
-use vasto_core::reconcile::{MoveOrder, start_moves, start_resize, undo_seal};
+use vasto_core::reconcile::{MoveOrder, Pace, WholePace, start_moves, start_resize, undo_seal};
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
 };
@@ -223,6 +223,28 @@ async fn a_move_that_another_master_overtakes_is_decided_anew() {
     let overtaken = fixture.ask(moves.clone()).await.unwrap_err();
     assert_eq!(overtaken.code, ErrorCode::Unavailable);
     assert_eq!(fixture.ask(moves).await.unwrap().moves.len(), 1, "as the next look decides");
+    fixture.cluster.shutdown.cancel();
+}
+
+#[tokio::test]
+async fn a_rebalance_that_another_master_has_resumed_is_not_paused_by_older_settings() {
+    let fixture = driven().await;
+    let hello = crate::state::tests::hello(2, "a:2");
+    fixture.cluster.state().connect(&hello, false, 0).unwrap();
+    let store = &fixture.cluster.store;
+    let nothing = ClusterSettings::default();
+    let begun = store.change_settings(&nothing, |_| Some(rebalancing())).await.unwrap();
+    let order = MoveOrder { shard: ShardId(0), replica: ReplicaId(1), to: NodeId(2) };
+    let moves = CatalogChange::Move { orders: vec![order], rebalance_us: 7 };
+    let plan = fixture.ask(moves).await.unwrap().moves[0].id();
+    let stands = WholePace { paused: true, max_rate: None };
+    let old = store.change_settings(&begun, |now| now.with_pace(7, stands, 8, 2)).await.unwrap();
+    let goes_on = WholePace::default();
+    store.change_settings(&old, |now| now.with_pace(7, goes_on, 9, 3)).await.unwrap();
+    fixture.cluster.state().settings = Arc::new(old);
+    let slower = CatalogChange::Pace { plan, pace: Pace::Rate(Some(1 << 20)) };
+    let next = fixture.ask(slower).await.unwrap();
+    assert_eq!((next.moves[0].plan.paused, next.moves[0].plan.max_rate), (false, Some(1 << 20)));
     fixture.cluster.shutdown.cancel();
 }
 

@@ -104,7 +104,10 @@ impl Keyspace {
         let is_gone = |replica: &ReplicaId| catalog.is_removed(*replica);
         self.reports.retain(|replica, _| !is_gone(replica));
         self.reporters.retain(|replica, _| !is_gone(replica));
-        let is_stranger = |replica: &ReplicaId| catalog.node_of(*replica).is_none();
+        // Whoever has one of a deleted keyspace is still to be told so.
+        let is_stranger = |replica: &ReplicaId| {
+            catalog.state == KeyspaceState::Active && catalog.node_of(*replica).is_none()
+        };
         let strangers: Vec<ReplicaId> = self.reports.keys().copied().filter(is_stranger).collect();
         for replica in &strangers[..strangers.len().saturating_sub(STRANGERS_MAX)] {
             self.reports.remove(replica);

@@ -240,4 +240,13 @@ fn reports_of_replicas_without_a_part_are_kept_in_bounded_number() {
     assert_eq!(reports.len(), 65);
     assert!(reports.contains_key(&ReplicaId(1)) && reports.contains_key(&ReplicaId(300)));
     assert_eq!(state.keyspaces[&KS].reporters.len(), 65);
+    // A deletion is sent to all that have some.
+    let odd: Vec<ReplicaReport> = (101..=300).map(|replica| replica_report(replica, 2)).collect();
+    let third = state.connect(&hello(3, "a:3"), false, 20).unwrap().session;
+    state.report(NodeId(3), third, &v1::Report::default(), odd[..1].to_vec(), 20);
+    state.report(NodeId(1), first, &v1::Report::default(), odd[1..].to_vec(), 20);
+    let next = state.keyspaces[&KS].catalog.next(3_000, 3);
+    state.install(Catalog { state: KeyspaceState::Deleted, ..next }, Delivery::Push);
+    let messages = state.outstanding(NodeId(3), third, &mut Sent::default());
+    assert_eq!(messages.len(), 2, "the addresses and the deletion");
 }

@@ -147,7 +147,8 @@ impl ClusterState {
     /// Observes everything that runs. `outage`: why the bucket does not answer this master.
     pub(crate) fn observe(&mut self, mono_us: u64, outage: Option<&str>) {
         let ids: Vec<KeyspaceId> = self.keyspaces.keys().copied().collect();
-        let copies = self.active().any(|one| one.catalog.plans().any(Plan::adds_member));
+        let goes_on = |plan: &Plan| plan.adds_member() && !plan.paused;
+        let copies = self.active().any(|one| one.catalog.plans().any(goes_on));
         for id in ids {
             self.observe_plans(id, mono_us, outage);
             self.observe_drains(id, copies, mono_us, outage);

@@ -71,7 +71,7 @@ impl ClusterState {
     }
 
     /// Observes the drains of a keyspace. While a replica is copied anywhere (`copies`), the others
-    /// may wait for their turn.
+    /// may wait for their turn; a paused copy has no end for which they could.
     pub(super) fn observe_drains(
         &mut self,
         id: KeyspaceId,
@@ -134,7 +134,7 @@ mod tests {
     use vasto_core::catalog::KeyspaceSpec;
     use vasto_core::ids::{NodeId, ReplicaId, ShardId};
     use vasto_core::reconcile::{
-        MoveOrder, Pace, drain_node, pace_drain, start_moves, start_resize,
+        MoveOrder, Pace, drain_node, pace_drain, pace_moves, start_moves, start_resize,
     };
     use vasto_shipping::ClusterSettings;
 
@@ -203,10 +203,19 @@ mod tests {
             state.observe(second * SECOND, None);
             assert_eq!(state.keyspaces[&KS].drains[&id].trouble, None);
         }
-        let mut ended = state.keyspaces[&KeyspaceId(2)].catalog.next(3_000, 3);
+        // Neither a copy that has ended nor one that is paused lets it have its turn.
+        let moving = state.keyspaces[&KeyspaceId(2)].catalog.clone();
+        let paused = pace_moves(&moving, 7, Pace::Pause, 3_000, 3).unwrap();
+        next(&mut state, paused.clone());
+        state.observe(209 * SECOND, None);
+        assert!(state.keyspaces[&KS].drains[&id].trouble.is_some());
+        next(&mut state, pace_moves(&paused, 7, Pace::Resume, 4_000, 4).unwrap());
+        state.observe(210 * SECOND, None);
+        assert_eq!(state.keyspaces[&KS].drains[&id].trouble, None);
+        let mut ended = state.keyspaces[&KeyspaceId(2)].catalog.next(5_000, 5);
         ended.moves.clear();
         next(&mut state, ended);
-        state.observe(209 * SECOND, None);
+        state.observe(219 * SECOND, None);
         assert!(state.keyspaces[&KS].drains[&id].trouble.is_some());
     }
 

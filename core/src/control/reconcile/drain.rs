@@ -4,6 +4,7 @@
 //! replica on it waits to be drained.
 
 use super::outcome::abort;
+use super::pace::{Whole, drain_of_plan, release_parts};
 use super::repair::{begin, may_copy};
 use super::view::View;
 use crate::catalog::{Catalog, KeyspaceState, NodeDrain, Placed};
@@ -105,8 +106,9 @@ pub(super) fn end_of(
     }
 }
 
-/// Returns the version that cancels the drain of a node; `None` when the operation drains none. A
-/// replica under construction is given up; replicas that have moved already stay where they are.
+/// Returns the version that cancels the drain of a node; `None` when the operation drains none. The
+/// replica under construction for it is given up; replicas that have moved already stay where they
+/// are.
 pub fn cancel_drain(
     catalog: &Catalog,
     operation: &str,
@@ -116,7 +118,14 @@ pub fn cancel_drain(
     nonce: u64,
 ) -> Option<Catalog> {
     let drain = catalog.draining_nodes.iter().find(|drain| drain.operation_id() == operation)?;
-    let copying = catalog.plan.as_ref().is_some_and(Plan::adds_member);
+    let is_for_it = |plan: &Plan| match plan.kind {
+        // It takes the place of the replica that is to stay.
+        PlanKind::RecoverReplica { .. } => {
+            plan.sources.iter().any(|source| source.node == drain.node)
+        }
+        _ => drain_of_plan(catalog, plan) == Some(drain),
+    };
+    let copying = catalog.plan.as_ref().is_some_and(is_for_it);
     let aborted = if copying { abort(catalog, reason, reports, now_us, nonce) } else { None };
     let mut next = aborted.unwrap_or_else(|| catalog.next(now_us, nonce));
     next.draining_nodes.retain(|other| other != drain);
@@ -131,13 +140,17 @@ pub fn cancel_drain(
 }
 
 /// Returns the version that begins to drain a node; `None` when the node has no replicas, and none
-/// that waits to be drained and is to be given up.
+/// that waits to be drained and is to be given up. It takes the place of an earlier drain of the
+/// node, whose pace ends with it.
 pub fn drain_node(catalog: &Catalog, drain: NodeDrain, now_us: u64, nonce: u64) -> Option<Catalog> {
     let node = drain.node;
     if !concerns(catalog, &drain) || catalog.state == KeyspaceState::Deleted {
         return None;
     }
     let mut next = catalog.next(now_us, nonce);
+    for earlier in catalog.draining_nodes.iter().filter(|drain| drain.node == node) {
+        release_parts(catalog, Whole::Drain(node, earlier.since_us), &mut next);
+    }
     next.draining_nodes.retain(|drain| drain.node != node);
     next.draining_nodes.push(drain);
     Some(next)

@@ -64,7 +64,8 @@ pub fn advance_members(
                 staying() > catalog.spec.replicas as usize
                     || (around.room)(catalog, shard.shard).is_some()
             };
-            let failed = view.has_failed_for_good(member.replica) && has_room();
+            let is_held_back = view.is_held_back(member.node);
+            let failed = !is_held_back && view.has_failed_for_good(member.replica) && has_room();
             let too_old = view.is_too_old(member.replica);
             let asks_to_evict = |other: &Placed| {
                 other.replica != member.replica
@@ -76,7 +77,7 @@ pub fn advance_members(
             // A replica whose log this one does not read probably cannot read this one's log
             // either.
             let may_follow = |other: &Placed| view.serves(other) && !asks_to_evict(other);
-            let lost = (around.lost)(member.node) && has_room();
+            let lost = !is_held_back && (around.lost)(member.node) && has_room();
             if (failed || too_old || asked_to_evict || lost || view.is_given_up(member))
                 && let Some(next) = view.take_out(shard, member, may_follow, now_us, nonce)
             {
@@ -113,8 +114,8 @@ fn with_copy(view: &View<'_>, member: &Placed, next: Catalog, now_us: u64, nonce
 }
 
 /// Returns true when time alone may bring a keyspace further that has not all its replicas: a shard
-/// has too few or too many, a node is draining, a replica moves, or one drains on a node that is here. What drains
-/// on a node that is away waits for its return, which is reported.
+/// has too few or too many, a node is draining, a replica moves, or one drains on a node that is
+/// here. What drains on a node that is away waits for its return, which is reported.
 pub fn is_incomplete(catalog: &Catalog, is_here: impl Fn(NodeId) -> bool) -> bool {
     catalog.state == KeyspaceState::Active
         && (catalog.draining.iter().any(|draining| is_here(draining.node))

@@ -6,7 +6,8 @@
 //!
 //! A drain of a node and a rebalance are wholes, whose parts are plans: the copies of the one, the
 //! moves of the other. What is asked of a whole holds for its parts: a paused one begins none and
-//! keeps those that run paused; the bound of its rate is divided among those that run.
+//! keeps those that run paused; the bound of its rate is divided among those that run. A repair is
+//! no part of a whole.
 //!
 //! **Invariant:** nothing is written while a plan is sealed or after it has committed: a version
 //! in between would void the seals, and the rest takes moments. The parts of a whole together have
@@ -15,7 +16,7 @@
 use super::refusal::PaceError;
 use crate::catalog::{Catalog, NodeDrain};
 use crate::control::operation::operation_id;
-use crate::control::plan::{Plan, Step};
+use crate::control::plan::{Plan, PlanKind, Step};
 use crate::ids::{NodeId, PlanId};
 use crate::limits::BULK_RATE_MIN;
 
@@ -152,8 +153,38 @@ pub fn pace_drain(
     let WholePace { paused, max_rate } = pace.applied_to(WholePace::from(&*drain))?;
     (drain.paused, drain.max_rate) = (paused, max_rate);
     let whole = Whole::Drain(drain.node, drain.since_us);
-    pace_parts(&mut next, whole, pace);
+    pace_copy(catalog, &mut next, whole, pace);
     Ok(next)
+}
+
+/// Gives the copy that was a part of the drain, or is one now, the pace of the drain that has it now:
+/// of two that need it, the other one may.
+fn pace_copy(before: &Catalog, next: &mut Catalog, drain: Whole, pace: Pace) {
+    let Some((now, paused)) = drain_of_copy(next) else { return };
+    let was = drain_of_copy(before).map(|(was, _)| was);
+    let Some(copy) = next.plan.as_mut().filter(|_| now == drain || was == Some(drain)) else {
+        return;
+    };
+    match pace {
+        Pace::Pause => copy.paused |= paused,
+        Pace::Resume => copy.paused = paused,
+        Pace::Rate(_) => {}
+    }
+    // Its part of another rate is set by `follow_wholes`.
+    if pace == Pace::Rate(None) || was != Some(now) {
+        copy.max_rate = None;
+    }
+}
+
+/// Returns the drain that the running copy is a part of, and whether it is paused.
+fn drain_of_copy(catalog: &Catalog) -> Option<(Whole, bool)> {
+    let copy = catalog.plan.as_ref().filter(|plan| moves_bytes(plan))?;
+    let drain = drain_of_plan(catalog, copy)?;
+    Some((Whole::Drain(drain.node, drain.since_us), drain.paused))
+}
+
+fn moves_bytes(plan: &Plan) -> bool {
+    matches!(plan.step, Step::Prepare | Step::Tail)
 }
 
 /// Returns the version that changes the moves of a rebalance as the rebalance is changed; `None`
@@ -180,23 +211,42 @@ fn plans_mut(catalog: &mut Catalog) -> impl Iterator<Item = &mut Plan> {
     catalog.plan.iter_mut().chain(catalog.moves.iter_mut().map(|moving| &mut moving.plan))
 }
 
-/// Returns the drain that a running plan is a part of: it makes one more replica of a shard that has
-/// one on the node which is drained.
+/// Returns the drain that a running plan is a part of: it makes one more replica of a shard of which
+/// one is on the node that is drained, or was taken from the node that is replaced. Of several drains
+/// one that goes on has it, since it needs the replica as well; one that is paused has it when the
+/// replica takes the place of all others.
+///
+/// A replica that the shard would lack without any drain is a repair and no part of one: a pause of a
+/// drain holds no repair up.
 pub fn drain_of_plan<'a>(catalog: &'a Catalog, plan: &Plan) -> Option<&'a NodeDrain> {
     let runs = catalog.plan.as_ref().is_some_and(|running| running.id == plan.id);
     let target = plan.targets.first().filter(|_| runs && plan.adds_member())?;
     let shard = catalog.shard(target.shard)?;
-    let is_of = |drain: &&NodeDrain| shard.replicas.iter().any(|one| one.node == drain.node);
-    catalog.draining_nodes.iter().find(is_of)
+    let took = |drain: &NodeDrain| catalog.has_taken(drain, target.shard);
+    let taken = catalog.draining_nodes.iter().filter(|drain| took(drain)).count();
+    let replaces_all = matches!(plan.kind, PlanKind::RecoverReplica { .. });
+    if !replaces_all && shard.replicas.len() + taken < catalog.spec.replicas as usize {
+        return None;
+    }
+    let is_of = |drain: &&NodeDrain| {
+        took(drain) || shard.replicas.iter().any(|member| member.node == drain.node)
+    };
+    let drains: Vec<&NodeDrain> = catalog.draining_nodes.iter().filter(is_of).collect();
+    let has_it = drains.iter().find(|drain| drain.paused == replaces_all);
+    has_it.or(drains.first()).copied()
+}
+
+/// Lifts what a whole has asked of its parts in the version before: another one takes its place.
+pub(super) fn release_parts(before: &Catalog, whole: Whole, next: &mut Catalog) {
+    let parts = parts_of_wholes(before);
+    for plan in plans_mut(next).filter(|plan| parts.contains(&(plan.id, whole))) {
+        (plan.paused, plan.max_rate) = (false, None);
+    }
 }
 
 /// Returns the plans that move bytes and are parts of a whole, each with the whole.
 pub fn parts_of_wholes(catalog: &Catalog) -> Vec<(PlanId, Whole)> {
-    let moves_bytes = |plan: &Plan| matches!(plan.step, Step::Prepare | Step::Tail);
-    let copy = catalog.plan.iter().filter(|plan| moves_bytes(plan)).filter_map(|plan| {
-        let drain = drain_of_plan(catalog, plan)?;
-        Some((plan.id, Whole::Drain(drain.node, drain.since_us)))
-    });
+    let copy = catalog.plan.iter().filter_map(|plan| Some((plan.id, drain_of_copy(catalog)?.0)));
     let moves = catalog.moves.iter().filter(|moving| moves_bytes(&moving.plan));
     copy.chain(moves.map(|moving| (moving.id(), Whole::Rebalance(moving.rebalance_us)))).collect()
 }

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 
 use super::advance::advance;
-use super::drain::drain_node;
+use super::drain::{cancel_drain, drain_node};
 use super::failover::Presence;
 use super::members::advance_members;
 use super::moves::{MoveOrder, advance_moves, start_moves};
@@ -17,7 +17,7 @@ use super::refusal::PaceError;
 use super::resize::start_resize;
 use super::view::{Around, Site};
 use crate::catalog::{Catalog, KeyspaceSpec, NodeDrain};
-use crate::control::plan::{Plan, Step};
+use crate::control::plan::{Plan, PlanKind, Step};
 use crate::control::report::{
     ReplicaPhase, ReplicaReport, ReplicationReport, Reports, TargetProgress, TargetStage,
 };
@@ -226,6 +226,150 @@ fn the_whole_decides_of_what_is_asked_of_it() {
         (Pace::Rate(Some(MIB)), true, None),
     ] {
         assert_eq!(check(pace, paused, max_rate), Ok(()));
+    }
+}
+
+/// One shard on the nodes 1, 2 and 3.
+fn three_replicas() -> Catalog {
+    let spec = KeyspaceSpec { replicas: 3, ..KeyspaceSpec::default() };
+    let nodes = [vec![NodeId(1), NodeId(2), NodeId(3)]];
+    Catalog::first(KeyspaceId(1), "ks", spec, &nodes, NOW, 1)
+}
+
+/// The next version while a node is gone; `lost` says whether it is replaced without a request.
+fn without(node: u64, lost: bool, room: Option<NodeId>, catalog: &Catalog) -> Option<Catalog> {
+    let presence = |other: NodeId| match other == NodeId(node) {
+        true => Presence::Gone,
+        false => Presence::Here(u64::MAX),
+    };
+    let is_lost = |other: NodeId| lost && other == NodeId(node);
+    let has_room = |_: &Catalog, _: ShardId| room;
+    let around = Around {
+        presence: &presence,
+        long_gone: &NONE,
+        lost: &is_lost,
+        room: &has_room,
+        site: &ANYWHERE,
+    };
+    advance_members(catalog, &all_serve(catalog), &around, NOW, 3)
+}
+
+#[test]
+fn a_repair_is_no_part_of_a_drain_and_goes_on_while_that_is_paused() {
+    let mut drains = drain_node(&three_replicas(), drain(), NOW, 2).unwrap();
+    for paused in [true, false] {
+        drains.draining_nodes[0].paused = paused;
+        drains.draining_nodes[0].max_rate = Some(MIB);
+        let mut repaired = without(3, true, Some(NodeId(9)), &drains).unwrap();
+        assert_eq!(repaired.draining[0].replica, ReplicaId(3));
+        assert!(parts_of_wholes(&repaired).is_empty());
+        assert!(!follow_wholes(&mut repaired, |_| WholePace::default(), |_| 1));
+        assert_eq!((plan(&repaired).paused, plan(&repaired).max_rate), (false, None));
+    }
+    // The drained node itself is lost while its drain is paused.
+    drains.draining_nodes[0].paused = true;
+    let repaired = without(1, true, Some(NodeId(9)), &drains).unwrap();
+    assert_eq!(repaired.draining[0].replica, ReplicaId(1));
+    assert_eq!((plan(&repaired).paused, parts_of_wholes(&repaired)), (false, vec![]));
+}
+
+#[test]
+fn the_copies_for_a_node_that_is_gone_have_the_pace_of_its_replacement() {
+    let asked = NodeDrain { max_rate: Some(MIB), ..NodeDrain::new(NodeId(1), true, SINCE) };
+    let id = asked.operation_id();
+    let pace = |catalog: &Catalog, pace: Pace| pace_drain(catalog, &id, pace, NOW, 4).unwrap();
+    let replaced = drain_node(&three_replicas(), asked, NOW, 2).unwrap();
+    let room = Some(NodeId(9));
+    let mut begun = without(1, true, room, &replaced).unwrap();
+    assert!(!begun.is_placed(ReplicaId(1)), "it has left its shard");
+    assert_eq!(parts_of_wholes(&begun), [(plan(&begun).id, Whole::Drain(NodeId(1), SINCE))]);
+    assert!(follow_wholes(&mut begun, |_| WholePace::default(), |_| 1));
+    assert_eq!(plan(&begun).max_rate, Some(MIB));
+    let paused = pace(&begun, Pace::Pause);
+    assert!(plan(&paused).paused && !plan(&pace(&paused, Pace::Resume)).paused);
+
+    // While it is paused nothing leaves, also when the node is lost, and nothing begins.
+    assert_eq!(without(1, true, room, &pace(&replaced, Pace::Pause)), None);
+    let left = without(1, true, None, &replaced).unwrap();
+    assert!(left.plan.is_none() && left.placement[0].replicas.len() == 2, "no node has room");
+    let paused = pace(&left, Pace::Pause);
+    assert_eq!(without(1, true, room, &paused), None);
+    assert!(without(1, true, room, &pace(&paused, Pace::Resume)).unwrap().plan.is_some());
+    // Another one of the shard is repaired meanwhile.
+    let repaired = without(3, true, room, &paused).unwrap();
+    assert_eq!((plan(&repaired).paused, parts_of_wholes(&repaired)), (false, vec![]));
+}
+
+#[test]
+fn a_copy_that_two_drains_need_goes_on_with_either() {
+    let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
+    let nodes = [vec![NodeId(1), NodeId(2)]];
+    let whole = Catalog::first(KeyspaceId(1), "ks", spec, &nodes, NOW, 1);
+    let other = NodeDrain::new(NodeId(2), false, SINCE);
+    let both = drain_node(&drain_node(&whole, drain(), NOW, 2).unwrap(), other.clone(), NOW, 3);
+    let begun = members(&both.unwrap()).unwrap();
+    let ids = [drain(), other].map(|drain| drain.operation_id());
+    let pace = |catalog: &Catalog, at: usize, pace: Pace| {
+        pace_drain(catalog, &ids[at], pace, NOW, 4).unwrap()
+    };
+    let node = |catalog: &Catalog| drain_of_plan(catalog, plan(catalog)).unwrap().node;
+    assert_eq!(node(&begun), NodeId(1));
+    let one = pace(&begun, 0, Pace::Pause);
+    assert_eq!((node(&one), plan(&one).paused), (NodeId(2), false));
+    let none = pace(&one, 1, Pace::Pause);
+    assert!(plan(&none).paused);
+    assert!(
+        !plan(&pace(&none, 1, Pace::Resume)).paused && !plan(&pace(&none, 0, Pace::Resume)).paused
+    );
+}
+
+#[test]
+fn a_drain_that_takes_the_place_of_a_paused_one_goes_on_with_its_copy() {
+    let id = drain().operation_id();
+    let slow = pace_drain(&copying(), &id, Pace::Rate(Some(MIB)), NOW, 4).unwrap();
+    let mut paused = pace_drain(&slow, &id, Pace::Pause, NOW, 5).unwrap();
+    follow_wholes(&mut paused, |_| WholePace::default(), |_| 1);
+    assert_eq!((plan(&paused).paused, plan(&paused).max_rate), (true, Some(MIB)));
+    let again = drain_node(&paused, NodeDrain::new(NodeId(1), true, SINCE + 1), NOW, 6).unwrap();
+    assert_eq!((plan(&again).paused, plan(&again).max_rate), (false, None));
+    assert_eq!(drain_of_plan(&again, plan(&again)).unwrap().since_us, SINCE + 1);
+}
+
+#[test]
+fn whoever_cancels_a_drain_gives_up_no_copy_but_its_own() {
+    let cancel = |catalog: &Catalog, drain: &NodeDrain| {
+        let id = drain.operation_id();
+        cancel_drain(catalog, &id, "cancelled", &Reports::new(), NOW, 9).unwrap()
+    };
+    assert!(cancel(&copying(), &drain()).plan.is_none());
+    let drains = drain_node(&three_replicas(), drain(), NOW, 2).unwrap();
+    let repaired = without(3, true, Some(NodeId(9)), &drains).unwrap();
+    assert_eq!(cancel(&repaired, &drain()).plan, repaired.plan);
+    let other = NodeDrain::new(NodeId(2), false, SINCE);
+    let both = drain_node(&drains, other.clone(), NOW, 3).unwrap();
+    let begun = members(&both).unwrap();
+    assert_eq!(cancel(&begun, &other).plan, begun.plan, "it is that of node 1");
+    assert!(cancel(&begun, &drain()).plan.is_none());
+}
+
+#[test]
+fn what_replaces_all_replicas_of_a_shard_waits_for_each_that_is_held_back() {
+    let spec = KeyspaceSpec { replicas: 2, ..KeyspaceSpec::default() };
+    let nodes = [vec![NodeId(1), NodeId(2)]];
+    let mut lost = Catalog::first(KeyspaceId(1), "ks", spec, &nodes, NOW, 1);
+    let drains = [1, 2].map(|node| NodeDrain::new(NodeId(node), true, SINCE));
+    lost.draining_nodes = drains.to_vec();
+    let gone = |_: NodeId| Presence::Gone;
+    let around = Around { presence: &gone, ..around() };
+    let recovers = advance_members(&lost, &all_serve(&lost), &around, NOW, 3).unwrap();
+    assert!(matches!(plan(&recovers).kind, PlanKind::RecoverReplica { .. }));
+    for drain in &drains {
+        let id = drain.operation_id();
+        let paused = pace_drain(&recovers, &id, Pace::Pause, NOW, 4).unwrap();
+        assert!(plan(&paused).paused);
+        assert!(!plan(&pace_drain(&paused, &id, Pace::Resume, NOW, 5).unwrap()).paused);
+        let stays = cancel_drain(&recovers, &id, "cancelled", &Reports::new(), NOW, 9).unwrap();
+        assert!(stays.plan.is_none(), "it may be the only one that holds something");
     }
 }
 

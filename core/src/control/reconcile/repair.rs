@@ -55,8 +55,8 @@ pub fn nodes_to_avoid(catalog: &Catalog, now_us: u64) -> Vec<NodeId> {
 pub(super) fn start_copy(view: &View<'_>, now_us: u64, nonce: u64) -> Option<Catalog> {
     let catalog = view.catalog;
     let lacks = |shard: &&ShardPlacement| {
-        let staying = shard.replicas.iter().filter(|member| !view.leaves(member)).count();
-        staying < catalog.spec.replicas as usize && may_copy(catalog, shard.shard, now_us)
+        view.staying(shard) < catalog.spec.replicas as usize
+            && may_copy(catalog, shard.shard, now_us)
     };
     let mut shards: Vec<&ShardPlacement> = catalog.placement.iter().filter(lacks).collect();
     shards.sort_by_key(|shard| {

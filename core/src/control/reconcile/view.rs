@@ -126,6 +126,22 @@ impl View<'_> {
         self.drain_of(member.node).is_some()
     }
 
+    /// Returns the number of replicas that a shard will have when those on drained nodes have left.
+    /// One that was taken from a node whose replacement is paused counts, too: another one is made
+    /// when that goes on.
+    pub(super) fn staying(&self, shard: &ShardPlacement) -> usize {
+        let here = shard.replicas.iter().filter(|member| !self.leaves(member)).count();
+        let paused = self.catalog.draining_nodes.iter().filter(|drain| drain.paused);
+        here + paused.filter(|drain| self.catalog.has_taken(drain, shard.shard)).count()
+    }
+
+    /// Returns true while the replacement of the node is paused: it keeps its replicas, however long
+    /// it is away.
+    pub(super) fn is_held_back(&self, node: NodeId) -> bool {
+        let mut drains = self.catalog.draining_nodes.iter();
+        drains.any(|drain| drain.node == node && drain.paused && drain.replace)
+    }
+
     /// Returns true when the replica is not waited for: its node is to be replaced and is gone, or
     /// is there and the replica has failed.
     pub(super) fn is_given_up(&self, member: &Placed) -> bool {

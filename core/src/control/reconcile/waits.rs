@@ -22,8 +22,7 @@ pub fn waits_for(
     let view = View { catalog, reports, around };
     let mut of_shards = catalog.placement.iter().filter_map(|shard| {
         let leaves = shard.replicas.iter().any(|member| view.leaves(member));
-        let staying = shard.replicas.iter().filter(|member| !view.leaves(member)).count();
-        let lacks = staying < catalog.spec.replicas as usize;
+        let lacks = view.staying(shard) < catalog.spec.replicas as usize;
         if !leaves && !lacks {
             return None;
         }
