@@ -24,6 +24,12 @@ pub trait Pacer: Send + Sync {
     /// Returns true while nothing passes.
     fn is_paused(&self) -> bool;
 
+    /// Waits like [`Pacer::pass`], but for no request of a client: all other bulk bytes wait the
+    /// longer.
+    async fn pass_without_yielding(&self, bytes: u64) {
+        self.pass(bytes).await;
+    }
+
     /// Returns the bytes a second at which a piece that has passed is best spread, where that costs
     /// nobody anything; `None`: as fast as it goes.
     fn rate(&self) -> Option<u64> {
@@ -64,6 +70,12 @@ impl Paced {
         match &self.0 {
             Some(pacer) => pacer.pass(bytes).await,
             None => false,
+        }
+    }
+
+    pub(super) async fn pass_without_yielding(&self, bytes: u64) {
+        if let Some(pacer) = &self.0 {
+            pacer.pass_without_yielding(bytes).await;
         }
     }
 
