@@ -78,6 +78,8 @@ impl Uploaded {
 /// The uploads of one checkpoint.
 pub(super) struct Upload {
     pub(super) context: Arc<ShipContext>,
+    /// Writes that wait for the bucket wait for this checkpoint: chunks alone do not cover them.
+    pub(super) acknowledges: bool,
     /// Files that are in the bucket already.
     pub(super) last: Vec<ManifestFile>,
     pub(super) uploaded: Arc<Uploaded>,
@@ -143,11 +145,14 @@ impl Upload {
         bucket.pass_without_yielding(bytes).await
     }
 
-    /// Returns false when the log fills up that is cut behind the checkpoint, or its first file comes
-    /// of age: then it yields to nobody, also where it has begun to wait.
+    /// Returns false when writes wait for the checkpoint, the log fills up that is cut behind it, or
+    /// its first file comes of age: then it yields to nobody, also where it has begun to wait.
     fn has_time(&self) -> bool {
         let ShipContext { replica, log_cap, .. } = &*self.context;
-        replica.log().bytes() < log_cap / 2 && self.uploaded.oldest() < WAITS_FOR_AT_MOST
+        let is_waited_for = self.acknowledges && replica.bucket_acks().first().is_some();
+        !is_waited_for
+            && replica.log().bytes() < log_cap / 2
+            && self.uploaded.oldest() < WAITS_FOR_AT_MOST
     }
 
     /// Uploads the database's own list of its files, with which the files open as they are.
