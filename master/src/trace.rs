@@ -127,7 +127,7 @@ fn wholes(catalog: &Catalog, plan: &Plan) -> Vec<String> {
     let moving = catalog.moves.iter().filter(|moving| moving.plan.id == plan.id);
     let rebalances = moving.map(|moving| {
         let since_us = moving.rebalance_us;
-        Rebalance { since_us, ended_us: None, cancelled: false }.operation_id()
+        Rebalance { since_us, ..Rebalance::default() }.operation_id()
     });
     let serves = |drain: &&NodeDrain| plan.adds_member() && drain.since_us <= plan.started_at_us;
     let is_plan = catalog.plan.as_ref().is_some_and(|running| running.id == plan.id);
@@ -401,7 +401,7 @@ mod tests {
             let catalog = Catalog { rebalanced: Some(rebalanced), ..first(keyspace) };
             state.install(catalog, Delivery::Push);
         }
-        let running = Rebalance { since_us: 7, ended_us: None, cancelled: false };
+        let running = Rebalance { since_us: 7, ..Rebalance::default() };
         let ended = rebalance_ended(&state, running, true, 90);
         let want = span("operation rebalance", 7, 90, Some(crate::state::CANCELLED));
         assert_eq!(told(std::slice::from_ref(&ended)), [want]);
