@@ -100,6 +100,11 @@ impl Counts {
         Self(pairs.map(|(now, before)| now.saturating_sub(*before)).collect())
     }
 
+    /// Returns the requests of both counts.
+    pub(crate) fn and(&self, other: &Self) -> Self {
+        Self(self.0.iter().zip(&other.0).map(|(one, other)| one + other).collect())
+    }
+
     /// Returns the number of requests.
     pub(crate) fn total(&self) -> u64 {
         self.0.iter().sum()

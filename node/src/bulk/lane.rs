@@ -23,7 +23,7 @@ const BELIEVED_S: f64 = 1.0;
 const NEW_PART: f64 = 0.2;
 /// Growth of a full speed that has turned out too low: all of it is used, and more would be.
 const GROWTH: f64 = 1.125;
-/// Longest time between two steps of a piece that is spread.
+/// Longest time between two steps of a piece that is under way.
 const STEP_MAX: Duration = Duration::from_millis(1_500);
 /// Time without any bytes after which a rate begins anew.
 const OVER: Duration = Duration::from_secs(2);
@@ -65,8 +65,8 @@ pub(crate) struct Lane {
     waited: bool,
     /// Until when those who wait look again.
     waits_until: Option<Instant>,
-    /// Until when pieces that have passed are at least spread.
-    spreads_until: Option<Instant>,
+    /// Until when pieces that have passed are at least under way.
+    goes_on_until: Option<Instant>,
     /// The last look, and the last one that saw any bytes.
     looked: Instant,
     seen: Option<Instant>,
@@ -85,7 +85,7 @@ impl Lane {
             passed: 0,
             waited: false,
             waits_until: None,
-            spreads_until: None,
+            goes_on_until: None,
             looked: now,
             seen: None,
             rate: 0.0,
@@ -115,11 +115,10 @@ impl Lane {
     }
 
     /// Returns the bytes a second at which a piece that has passed is spread; `None`: as fast as it
-    /// goes. Asked again after each step.
+    /// goes. Asked again and again while it is under way: that is bulk work, too.
     pub(super) fn spread(&mut self, now: Instant) -> Option<u64> {
-        let rate = self.rate_left()?;
-        self.spreads_until = Some(now + STEP_MAX);
-        Some(rate)
+        self.goes_on_until = Some(now + STEP_MAX);
+        self.rate_left()
     }
 
     /// Returns what has happened since the last look, and learns from it.
@@ -127,10 +126,10 @@ impl Lane {
         let passed = std::mem::take(&mut self.passed);
         let lasts = |until: Option<Instant>| until.is_some_and(|until| now < until);
         let waited = std::mem::take(&mut self.waited) || lasts(self.waits_until);
-        let spreads = lasts(self.spreads_until);
+        let goes_on = lasts(self.goes_on_until);
         let elapsed = now.saturating_duration_since(self.looked).as_secs_f64();
         self.looked = self.looked.max(now);
-        let activity = Activity { moved: passed > 0 || waited || spreads, held_back: waited };
+        let activity = Activity { moved: passed > 0 || waited || goes_on, held_back: waited };
         if activity.moved {
             self.seen = Some(now);
         }
@@ -235,6 +234,8 @@ mod tests {
         let now = Instant::now();
         let mut lane = Lane::new(now);
         assert_eq!(lane.spread(now), None);
+        assert!(lane.look(now + TICK).moved, "no time of calm, though nothing is spread");
+        assert_eq!(lane.look(now + STEP_MAX), Activity::default());
         lane.set_bound(Bound::Share(0.5), now);
         assert_eq!(lane.spread(now), Some(32 * MIB));
         let activity = lane.look(now + TICK);

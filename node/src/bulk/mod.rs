@@ -232,8 +232,9 @@ impl PlanGate {
         });
     }
 
-    /// Takes the bytes when all bounds let them pass, else returns how long they wait.
-    fn take(&self, bytes: u64) -> Duration {
+    /// Takes the bytes when all bounds let them pass, that of the foreground only if they yield; else
+    /// returns how long they wait.
+    fn take(&self, bytes: u64, yields: bool) -> Duration {
         let (mut debt, mut budget) = (self.debt.lock(), self.shared.budget.lock());
         let mut lane = self.shared.transfers.lock();
         let now = Instant::now();
@@ -242,7 +243,7 @@ impl PlanGate {
             rates::held_up();
         }
         let mut wait = own.max(budget.wait(now));
-        if wait.is_zero() && bytes > 0 {
+        if wait.is_zero() && yields {
             wait = lane.wait(now);
         }
         if wait.is_zero() {
@@ -283,7 +284,11 @@ impl PlanGate {
 #[async_trait]
 impl Pacer for PlanGate {
     async fn pass(&self, bytes: u64) -> bool {
-        self.until(|| self.take(bytes)).await
+        self.until(|| self.take(bytes, bytes > 0)).await
+    }
+
+    async fn pass_without_yielding(&self, bytes: u64) {
+        self.until(|| self.take(bytes, false)).await;
     }
 
     fn is_paused(&self) -> bool {
@@ -324,6 +329,15 @@ impl Pacer for Uploads {
             tokio::time::sleep(wait.min(LOOK_AGAIN)).await;
         }
         false
+    }
+
+    async fn pass_without_yielding(&self, bytes: u64) {
+        match self.gate.maker_of(self.keyspace, self.replica) {
+            Some(plan) => plan.pass_without_yielding(bytes).await,
+            None => {
+                self.gate.shared.transfers.lock().add(bytes);
+            }
+        }
     }
 
     fn rate(&self) -> Option<u64> {
@@ -480,6 +494,31 @@ mod tests {
         assert!(activity.moved && !activity.held_back && gate.held_back_to().is_none());
         let moved = gate.shared.moved.load(Ordering::Relaxed);
         assert_eq!(moved, 1, "rows, and checkpoints that no plan asks for, are no bytes of a plan");
+    }
+
+    #[tokio::test]
+    async fn what_does_not_yield_counts_for_those_who_do_and_stands_still_in_a_pause() {
+        let gate = Arc::new(BulkGate::default());
+        let (running, mib) = (growing(), 1u64 << 20);
+        gate.apply(&running);
+        gate.look(Instant::now());
+        gate.set_bound(Bound::Share(0.0), Instant::now());
+        let serving = gate.uploads_of(KEYSPACE, ReplicaId(1));
+        serving.pass_without_yielding(64 * mib).await;
+        serving.pass_without_yielding(64 * mib).await;
+        let activity = gate.look(Instant::now());
+        assert!(activity.moved && !activity.held_back);
+        assert_eq!(gate.shared.moved.load(Ordering::Relaxed), 0, "it is no plan's");
+        let mut other = std::pin::pin!(serving.pass(1));
+        assert!(futures::poll!(&mut other).is_pending());
+        gate.apply(&paced(&running, Asked::Pause));
+        let made = running.plan.as_ref().unwrap().targets[0].replica;
+        let made = gate.uploads_of(KEYSPACE, made);
+        let mut held = std::pin::pin!(made.pass_without_yielding(mib));
+        assert!(futures::poll!(&mut held).is_pending());
+        gate.apply(&running);
+        held.await;
+        assert_eq!(gate.shared.moved.load(Ordering::Relaxed), mib);
     }
 
     #[tokio::test]

@@ -5,7 +5,9 @@
 //! - Pure: no clock, no lock.
 //! - The calm is learned from times without bulk work alone; beside bulk work it can only fall,
 //!   because that makes no request faster.
-//! - Few requests say nothing: neither that the class is slow nor what its calm is.
+//! - Few requests say nothing: neither that the class is slow nor what its calm is. Where some are
+//!   slow and few, they count together with those that follow, so that neither a single client is
+//!   overrun nor bulk work waits for one that asks now and then.
 
 use std::time::Duration;
 
@@ -17,6 +19,10 @@ const ENOUGH: u64 = 100;
 const FEW: u64 = 20;
 /// Longest window.
 pub(super) const WINDOW_MAX: Duration = Duration::from_secs(2);
+/// Longest window of requests that are few and slow: perhaps hardly any ends because of that.
+const WINDOW_OF_FEW: Duration = Duration::from_secs(10);
+/// Requests of moments without bulk work, all together, from which on the calm is learned of them.
+const ASKED: u64 = 8;
 /// Requests above the limit without which nothing is slow: one or two are an accident.
 const SLOW_MIN: u64 = 3;
 /// Time without enough requests after which nobody is there.
@@ -69,6 +75,8 @@ pub(super) struct Watched {
     /// Windows from which it comes, up to [`WINDOWS`], and the last one.
     learned: f64,
     learned_at: Duration,
+    /// Requests of moments without bulk work that were too few to learn from.
+    asked: Counts,
     /// The 99th percentile of the last window.
     p99: Option<Duration>,
     present_until: Duration,
@@ -112,26 +120,32 @@ impl Watched {
     ) -> Verdict {
         let window = counts.since(&self.before);
         let total = window.total();
-        let limit = self.calm().map(|calm| calm.mul_f64(factor).max(LIMIT_MIN));
+        let limit = self.calm().map(|calm| times(calm, factor).max(LIMIT_MIN));
         let above = limit.map_or(0, |limit| window.above(limit));
-        let is_slow = used == Use::Compare && above >= SLOW_MIN && above * 100 > total;
-        let is_old = now.saturating_sub(self.began) >= WINDOW_MAX;
+        let compared = used == Use::Compare;
+        let is_slow = compared && above >= SLOW_MIN && above * 100 > total;
+        // Requests that are so slow that hardly any ends are there too.
+        let is_few = compared && total < FEW && above > 0 && self.is_present(now);
+        if is_few {
+            self.present_until = now + PRESENT;
+        }
+        let longest = if is_few { WINDOW_OF_FEW } else { WINDOW_MAX };
+        let is_old = now.saturating_sub(self.began) >= longest;
         if !(is_slow || is_old || ends || total >= ENOUGH) {
             return Verdict::Open;
         }
         self.begin(counts, now);
-        // Requests that are so slow that hardly any ends are there too.
-        if total >= FEW || (above > 0 && self.is_present(now)) {
+        if total >= FEW {
             self.present_until = now + PRESENT;
+        } else if is_few && !is_slow {
+            self.present_until = now;
         }
         self.p99 = window.p99().filter(|_| total >= FEW);
-        if let Some(p99) = self.p99 {
-            match used {
-                Use::Learn => self.learn(p99, now, WINDOWS),
-                Use::LearnQuickly => self.learn(p99, now, WINDOWS_QUICKLY),
-                Use::Compare => self.fall(p99),
-                Use::Pass => {}
-            }
+        match (used, self.p99) {
+            (Use::Learn, Some(p99)) => self.learn(p99, now, WINDOWS),
+            (Use::LearnQuickly, _) => self.ask(&window, now),
+            (Use::Compare, Some(p99)) => self.fall(p99),
+            (Use::Learn | Use::Compare, None) | (Use::Pass, _) => {}
         }
         self.slow = if is_slow { self.slow.saturating_add(1) } else { 0 };
         match (is_slow, window.p99().zip(limit)) {
@@ -143,7 +157,18 @@ impl Watched {
         }
     }
 
+    /// Learns from a moment without bulk work; what is too little for that counts together with the
+    /// next one.
+    fn ask(&mut self, window: &Counts, now: Duration) {
+        let asked = self.asked.and(window);
+        match asked.p99().filter(|_| asked.total() >= ASKED) {
+            Some(p99) => self.learn(p99, now, WINDOWS_QUICKLY),
+            None => self.asked = asked,
+        }
+    }
+
     fn learn(&mut self, p99: Duration, now: Duration, windows: f64) {
+        self.asked = Counts::default();
         let seen = ln_us(p99.as_secs_f64());
         let is_old = now.saturating_sub(self.learned_at) >= OLD;
         self.learned_at = now;
@@ -162,6 +187,11 @@ impl Watched {
         let most = ln_us(p99.as_secs_f64() * LESS);
         self.ln_calm = self.ln_calm.map(|calm| calm + (most - calm).min(0.0) / WINDOWS);
     }
+}
+
+/// Returns so many times the time, however many.
+fn times(time: Duration, factor: f64) -> Duration {
+    Duration::try_from_secs_f64(time.as_secs_f64() * factor).unwrap_or(Duration::MAX)
 }
 
 fn ln_us(seconds: f64) -> f64 {
@@ -255,6 +285,61 @@ mod tests {
             rig.tick(Use::Learn, &[]);
         }
         assert!(!rig.watched.is_present(rig.now) && rig.watched.calm().is_some());
+    }
+
+    #[test]
+    fn requests_that_are_few_and_slow_count_together_for_a_while() {
+        let mut rig = Rig::new();
+        for _ in 0..40 {
+            rig.tick(Use::Learn, &[(500, 1_000)]);
+        }
+        // One a second: the third one tells.
+        for n in 0..8 {
+            let requests: &[(u64, u64)] = if n % 4 == 0 { &[(1, 800_000)] } else { &[] };
+            assert_eq!(rig.tick(Use::Compare, requests), Verdict::Open, "{n}");
+        }
+        assert!(matches!(rig.tick(Use::Compare, &[(1, 800_000)]), Verdict::Slow(_)));
+        assert!(rig.watched.is_present(rig.now));
+        // One in five seconds is nobody, after a while.
+        for n in 0..80 {
+            let requests: &[(u64, u64)] = if n % 20 == 0 { &[(1, 800_000)] } else { &[] };
+            assert_eq!(rig.tick(Use::Compare, requests), Verdict::Open, "{n}");
+        }
+        assert!(!rig.watched.is_present(rig.now));
+    }
+
+    #[test]
+    fn moments_with_few_requests_say_together_what_the_calm_is() {
+        let mut rig = Rig::new();
+        for _ in 0..40 {
+            rig.tick(Use::Learn, &[(500, 1_000)]);
+        }
+        let known = rig.calm_us();
+        let moment = |rig: &mut Rig| {
+            for n in 0..8u64 {
+                rig.tick(Use::LearnQuickly, &[(u64::from(n == 0), 9_000)]);
+            }
+        };
+        (1..ASKED).for_each(|_| moment(&mut rig));
+        assert_eq!(rig.calm_us(), known, "too little");
+        moment(&mut rig);
+        let then = rig.calm_us();
+        assert!(then > known * 5 / 4, "{then}");
+        // Those have counted.
+        moment(&mut rig);
+        assert_eq!(rig.calm_us(), then);
+    }
+
+    #[test]
+    fn no_factor_is_too_large() {
+        let mut rig = Rig::new();
+        for _ in 0..40 {
+            rig.tick(Use::Learn, &[(500, 1_000)]);
+        }
+        rig.latencies.note(Class::Reads, Some(Duration::ZERO), Duration::from_secs(60));
+        let [counts, ..] = rig.latencies.counts();
+        let verdict = rig.watched.look(&counts, rig.now + TICK, 1e300, (Use::Compare, true));
+        assert_eq!(verdict, Verdict::Open);
     }
 
     #[test]

@@ -3,8 +3,11 @@
 //!
 //! What gathers until it is synced delays everybody who syncs on the same disk, logs above all.
 //!
-//! **Invariant:** the object is there whole and synced, under a name that was not taken, or not at
-//! all. An interrupted copy leaves a staged file, like every write to a local directory.
+//! **Invariants**
+//! - The object is there whole and synced, under a name that was not taken, or not at all. An
+//!   interrupted copy leaves a staged file, like every write to a local directory.
+//! - A disk that hangs holds no thread of the async runtime, and few others: each step passes the
+//!   breaker, like every request.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -13,13 +16,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::attempt::within;
 use super::directory::staged_for;
 use super::disk::{LocalFile, blocking, write_behind};
 use super::error::BucketError;
 use super::failure::Failure;
 use super::handle::Bucket;
 use super::object::Uploaded;
+use super::retry::Retry;
 
 /// Bytes of one step.
 const STEP_BYTES: usize = 1 << 20;
@@ -75,7 +78,8 @@ impl Bucket {
         work: impl FnOnce() -> IoResult<T> + Send + 'static,
     ) -> Result<T, BucketError> {
         let attempt = async { blocking(work).await.map_err(|error| Failure::of_disk(&error)) };
-        let done = within(self.budget.limit_for(bytes), attempt).await;
+        let limit = self.budget.limit_for(bytes);
+        let done = self.once(&Retry::new(self.budget), limit, bytes, attempt).await;
         done.map_err(|failure| failure.into_error(self.url(), key))
     }
 }
@@ -83,7 +87,8 @@ impl Bucket {
 /// A file beside its future place; removed when it is dropped.
 struct Staged {
     file: Arc<File>,
-    path: PathBuf,
+    /// `None` once it is removed.
+    path: Option<PathBuf>,
 }
 
 impl Staged {
@@ -95,7 +100,7 @@ impl Staged {
             name.push(format!("#{number}"));
             let path = PathBuf::from(name);
             match File::options().write(true).create_new(true).open(&path) {
-                Ok(file) => return Ok(Self { file: Arc::new(file), path }),
+                Ok(file) => return Ok(Self { file: Arc::new(file), path: Some(path) }),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => number += 1,
                 Err(error) if error.kind() == ErrorKind::NotFound => make_parents(target)?,
                 Err(error) => return Err(error),
@@ -104,14 +109,16 @@ impl Staged {
     }
 
     /// Syncs the file and gives it its name; false when that is taken.
-    fn publish(self, target: &Path) -> IoResult<bool> {
+    fn publish(mut self, target: &Path) -> IoResult<bool> {
         self.file.sync_all()?;
-        match std::fs::hard_link(&self.path, target) {
+        let Some(path) = self.path.take() else { return Ok(false) };
+        let linked = std::fs::hard_link(&path, target);
+        let _ = std::fs::remove_file(&path);
+        match linked {
             Ok(()) => {}
             Err(error) if error.kind() == ErrorKind::AlreadyExists => return Ok(false),
             Err(error) => return Err(error),
         }
-        drop(self);
         if let Some(parent) = target.parent() {
             File::open(parent)?.sync_all()?;
         }
@@ -121,7 +128,13 @@ impl Staged {
 
 impl Drop for Staged {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        let Some(path) = self.path.take() else { return };
+        let remove = move || drop(std::fs::remove_file(path));
+        // An upload that was cut off is dropped on a thread of the runtime.
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(remove)),
+            Err(_) => remove(),
+        }
     }
 }
 
@@ -147,7 +160,7 @@ mod tests {
     use async_trait::async_trait;
 
     use super::*;
-    use crate::bucket::{BucketOptions, Pacer};
+    use crate::bucket::{BucketOptions, Pacer, RetryBudget};
 
     /// Spreads what passes at 4 MiB/s.
     struct Slowly;
@@ -204,6 +217,55 @@ mod tests {
         for bad in ["data/../1.sst", "data/1.sst#3"] {
             let error = open.upload_file(bad, &source).await.unwrap_err();
             assert!(matches!(error, BucketError::BadKey { .. }), "{error:?}");
+        }
+    }
+
+    /// A disk that hangs answers no request: it gets no copies of files either.
+    #[tokio::test]
+    async fn nothing_is_copied_while_the_bucket_does_not_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = Bucket::url_of_directory(&dir.path().join("bucket")).unwrap();
+        let bucket = Bucket::open(&url, &BucketOptions::default()).unwrap();
+        let source = dir.path().join("source");
+        std::fs::write(&source, b"body").unwrap();
+        let silence = Failure::timed_out(Duration::from_secs(1));
+        let breaker = &bucket.inner.breaker;
+        while bucket.outage().is_none() {
+            breaker.pass(Duration::ZERO).await.ok().unwrap().report(Some(&silence));
+        }
+        // The one request that tries is under way.
+        let trial = breaker.pass(Duration::from_secs(60)).await.ok().unwrap();
+        let budget = RetryBudget { total: Duration::ZERO, ..RetryBudget::default() };
+        let error = bucket.with_retry(budget).upload_file("data/1.sst", &source).await.unwrap_err();
+        assert!(matches!(error, BucketError::Unreachable { .. }), "{error:?}");
+        assert!(!dir.path().join("bucket/data").exists());
+        trial.report(None);
+        bucket.upload_file("data/1.sst", &source).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_upload_that_is_cut_off_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = Bucket::url_of_directory(&dir.path().join("bucket")).unwrap();
+        let open = Bucket::open(&url, &BucketOptions::default()).unwrap();
+        let source = dir.path().join("source");
+        std::fs::write(&source, vec![7u8; 16 * STEP_BYTES]).unwrap();
+        let data = dir.path().join("bucket/data");
+        let bucket = open.with_pacer(Arc::new(Slowly));
+        let upload = async { drop(bucket.upload_file("data/1.sst", &source).await) };
+        let begun = async {
+            while !data.join("1.sst#1").exists() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::select! {
+            () = upload => panic!("16 MiB at 4 MiB/s"),
+            () = begun => {}
+        }
+        let began = Instant::now();
+        while !files(&data).is_empty() {
+            assert!(began.elapsed() < Duration::from_secs(30), "{:?}", files(&data));
+            tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 }

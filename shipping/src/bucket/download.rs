@@ -254,7 +254,8 @@ impl Task<'_> {
                 retry = Retry::new(self.bucket.budget);
             }
             let began = Instant::now();
-            let tried = self.try_part(&retry, &object, range.clone()).await;
+            let part = Box::pin(self.try_part(&retry, &object, range.clone()));
+            let tried = self.bucket.paced.while_under_way(part).await;
             self.progress.took(began.elapsed());
             let failure = match tried {
                 Ok(crc) => return Ok((crc, range.end - range.start)),

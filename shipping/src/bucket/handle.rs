@@ -180,6 +180,13 @@ impl Bucket {
         self.paced.pass(bytes).await
     }
 
+    /// Waits until so many bulk bytes may pass that yield to no request of a client; returns the same
+    /// bucket (and counts), to which they go as fast as they can.
+    pub async fn pass_without_yielding(&self, bytes: u64) -> Bucket {
+        self.paced.pass_without_yielding(bytes).await;
+        Bucket { paced: Paced::default(), ..self.clone() }
+    }
+
     /// Takes so many bytes of work on rows that come from the bucket or go to it; false when they
     /// have to wait, with [`Bucket::work`].
     pub fn try_work(&self, bytes: u64) -> bool {

@@ -24,8 +24,15 @@ pub trait Pacer: Send + Sync {
     /// Returns true while nothing passes.
     fn is_paused(&self) -> bool;
 
+    /// Waits like [`Pacer::pass`], but for no request of a client: all other bulk bytes wait the
+    /// longer.
+    async fn pass_without_yielding(&self, bytes: u64) {
+        self.pass(bytes).await;
+    }
+
     /// Returns the bytes a second at which a piece that has passed is best spread, where that costs
-    /// nobody anything; `None`: as fast as it goes.
+    /// nobody anything; `None`: as fast as it goes. Asked again and again while the piece is under
+    /// way, also where it is not spread.
     fn rate(&self) -> Option<u64> {
         None
     }
@@ -67,11 +74,32 @@ impl Paced {
         }
     }
 
+    pub(super) async fn pass_without_yielding(&self, bytes: u64) {
+        if let Some(pacer) = &self.0 {
+            pacer.pass_without_yielding(bytes).await;
+        }
+    }
+
     /// Waits for the time that so many bytes of a piece take when it is spread.
     pub(super) async fn spread(&self, bytes: u64) {
         if let Some(rate) = self.0.as_ref().and_then(|pacer| pacer.rate()) {
             let time = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
             tokio::time::sleep(time.min(SPREAD_MAX)).await;
+        }
+    }
+
+    /// Does work that moves bytes that have passed; says meanwhile that they are still under way.
+    pub(super) async fn while_under_way<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            tokio::select! {
+                done = &mut work => return done,
+                () = tokio::time::sleep(SPREAD_MAX) => {
+                    if let Some(pacer) = &self.0 {
+                        pacer.rate();
+                    }
+                }
+            }
         }
     }
 
@@ -89,7 +117,7 @@ impl Paced {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use std::sync::atomic::Ordering;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use object_store::memory::InMemory;
     use tokio::sync::watch;
@@ -118,6 +146,40 @@ mod tests {
         fn is_paused(&self) -> bool {
             *self.passed.borrow() >= *self.most.borrow()
         }
+    }
+
+    /// Counts how often it is asked for a rate.
+    #[derive(Default)]
+    struct Asked(AtomicU64);
+
+    #[async_trait]
+    impl Pacer for Asked {
+        async fn pass(&self, _bytes: u64) -> bool {
+            false
+        }
+
+        fn is_paused(&self) -> bool {
+            false
+        }
+
+        fn rate(&self) -> Option<u64> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            None
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_under_way_is_told_of_until_it_ends() {
+        let asked = Arc::new(Asked::default());
+        let paced = Paced::by(asked.clone());
+        let transfer = async {
+            while asked.0.load(Ordering::Relaxed) < 2 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let told = tokio::time::timeout(Duration::from_secs(60), paced.while_under_way(transfer));
+        told.await.unwrap();
+        assert_eq!(asked.0.load(Ordering::Relaxed), 2);
     }
 
     #[tokio::test]

@@ -39,8 +39,10 @@ impl Bucket {
         let file = LocalFile::open(path).await?;
         let uploaded = match &self.inner.source {
             Source::Local(root) => Box::pin(self.upload_copy(key, file, root)).await?,
-            _ if file.bytes <= SINGLE_PUT_BYTES_MAX => self.upload_whole(key, file).await?,
-            _ => Box::pin(self.upload_in_parts(key, file)).await?,
+            _ if file.bytes <= SINGLE_PUT_BYTES_MAX => {
+                self.paced.while_under_way(Box::pin(self.upload_whole(key, file))).await?
+            }
+            _ => self.paced.while_under_way(Box::pin(self.upload_in_parts(key, file))).await?,
         };
         match self.head(key).await? {
             Some(found) if found == uploaded.bytes => Ok(uploaded),

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tempfile::TempDir;
@@ -26,6 +26,7 @@ use super::shipping::{Shipping, bucket, fill_a_file, manifest};
 use super::support::*;
 use crate::build::sources::{self, Without};
 use crate::build::{Adoption, Bootstrap, BuildError, Log};
+use crate::bulk::{Bound, BulkGate};
 use crate::registry::NodeRegistry;
 use crate::replica::command::{Control, Role};
 use crate::replica::{OpenOptions, Replica};
@@ -382,6 +383,27 @@ async fn the_log_is_shipped_while_a_checkpoint_is_uploaded() {
         pinned.lsn >= lsn || bucket.head(&next).await.unwrap().is_some(),
         "{next} is not there"
     );
+}
+
+/// While everything is uploaded anew, no chunk acknowledges a write: those who wait for the bucket
+/// wait for the checkpoint, and that for no other request.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_that_writes_wait_for_does_not_yield() {
+    let (rig, bucket) = (member(1), bucket());
+    register(&bucket).await;
+    let replica = block_in_place(|| rig.create());
+    put_now(&replica, "k", "v");
+    let gate = Arc::new(BulkGate::default());
+    gate.set_bound(Bound::Held, Instant::now());
+    let paced = bucket.with_pacer(gate.uploads_of(KEYSPACE, replica.id));
+    let shipping = Shipping::start(&rig, &rig.path, &replica, &paced, HOUR);
+    let handle = shipping.handle.clone();
+    let making = tokio::spawn(async move { handle.checkpoint_anew().await });
+    until("the checkpoint to wait", || gate.look(Instant::now()).held_back).await;
+    let confirmed = send(&replica, vec![put("wanted", "v")], Ack::Bucket);
+    block_in_place(|| confirmed.recv_timeout(DEADLINE)).unwrap().unwrap();
+    assert!(making.await.unwrap().unwrap().is_some());
+    shipping.stop().await;
 }
 
 /// The bucket is away for longer than the log can be kept for it: writes go on, the log stays

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 use tokio::task::JoinHandle;
@@ -14,6 +14,7 @@ use vasto_core::record::Record;
 use vasto_shipping::{Bucket, BucketOptions, Chunk, Manifest, layout};
 
 use super::support::*;
+use crate::bulk::{Bound, BulkGate};
 use crate::replica::Replica;
 use crate::ship::{self, Assignment, LogNeed, Pace, ShipContext, ShipHandle};
 
@@ -417,6 +418,28 @@ async fn the_log_is_truncated_only_behind_what_is_persisted_shipped_and_not_need
     shipping.stop().await;
     let (_dir, again) = rig.crash(&replica);
     assert_eq!(data_rows(&again), data_rows(&replica));
+}
+
+/// The log that is cut behind a checkpoint must not fill up while the checkpoint yields.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_checkpoint_yields_only_until_the_log_is_half_full() {
+    const CAP: u64 = 128 << 20;
+    let rig = Rig::new();
+    let replica = rig.create();
+    put_async(&replica, "k", 50).await;
+    let gate = Arc::new(BulkGate::default());
+    gate.set_bound(Bound::Held, Instant::now());
+    let bucket = bucket().with_pacer(gate.uploads_of(replica.keyspace, replica.id));
+    let shipping = Shipping::with_cap(&rig, &rig.path, &replica, &bucket, HOUR, CAP);
+    shipping.handle.set_need(LogNeed { after: Lsn(1), from_bucket: false });
+    let handle = shipping.handle.clone();
+    let waiting = tokio::spawn(async move { handle.checkpoint(None).await });
+    until("the checkpoint to wait", || gate.look(Instant::now()).held_back).await;
+    assert!(!waiting.is_finished());
+    let filler = replica.clone();
+    tokio::task::spawn_blocking(move || fill_a_file(&filler)).await.unwrap();
+    tokio::time::timeout(DEADLINE, waiting).await.unwrap().unwrap().unwrap();
+    shipping.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

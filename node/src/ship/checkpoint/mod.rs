@@ -291,8 +291,10 @@ impl Checkpoints {
                 shipped => shipped?,
             };
         }
+        let is_covered = chained && chunks.state().shipped_lsn >= lsn;
         let upload = Upload {
             context: self.context.clone(),
+            acknowledges: making.under_way.anew || !is_covered,
             last: self.last.as_ref().map(|last| last.files.clone()).unwrap_or_default(),
             uploaded: self.uploaded.clone(),
             uploads: self.uploads.clone(),

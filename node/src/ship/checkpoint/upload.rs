@@ -6,6 +6,7 @@
 //!   reach its manifest.
 //! - Files that an attempt uploaded serve the next one, unless they are so old that they may be
 //!   collected.
+//! - A checkpoint ends: it yields to the foreground for as long as it has time, and no longer.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -15,6 +16,8 @@ use std::time::Duration;
 use futures::{StreamExt, TryStreamExt};
 use parking_lot::Mutex;
 use vasto_core::ids::Lsn;
+use vasto_core::limits::UPLOAD_STALL_MAX;
+use vasto_shipping::bucket::Bucket;
 use vasto_shipping::layout;
 use vasto_shipping::manifest::{DatabaseFile, ManifestFile};
 
@@ -26,6 +29,12 @@ use crate::rates;
 
 /// Files of one checkpoint that wait for an upload turn concurrently.
 const UPLOADS: usize = 4;
+
+/// Age of the first file at which the others yield to nobody any more: at [`UPLOAD_STALL_MAX`] all of
+/// them would be uploaded once more.
+const WAITS_FOR_AT_MOST: Duration = Duration::from_secs(UPLOAD_STALL_MAX.as_secs() / 4);
+/// Interval at which a file that waits looks whether it still may.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Key, checksum and upload time of an uploaded file, by the clock that continues while the machine
 /// sleeps.
@@ -55,6 +64,12 @@ impl Uploaded {
         times.min().map_or(Duration::ZERO, |first| since_boot().saturating_sub(first))
     }
 
+    /// Returns how long ago the first file was uploaded that no manifest names.
+    fn oldest(&self) -> Duration {
+        let first = self.0.lock().values().map(|(_, _, at)| *at).min();
+        first.map_or(Duration::ZERO, |first| since_boot().saturating_sub(first))
+    }
+
     pub(super) fn forget(&self) {
         self.0.lock().clear();
     }
@@ -63,6 +78,8 @@ impl Uploaded {
 /// The uploads of one checkpoint.
 pub(super) struct Upload {
     pub(super) context: Arc<ShipContext>,
+    /// Writes that wait for the bucket wait for this checkpoint: chunks alone do not cover them.
+    pub(super) acknowledges: bool,
     /// Files that are in the bucket already.
     pub(super) last: Vec<ManifestFile>,
     pub(super) uploaded: Arc<Uploaded>,
@@ -99,12 +116,10 @@ impl Upload {
                     Some(uploaded) => uploaded,
                     None => {
                         // Whoever waits here has no turn yet: others go on.
-                        if self.may_wait() {
-                            self.context.bucket.pass(file.bytes).await;
-                        }
+                        let bucket = self.bucket_for(file.bytes).await;
                         let _turn = self.context.pace.turn(file.bytes).await;
                         let work = rates::UPLOADS.begin();
-                        let uploaded = self.context.bucket.upload_file(&key, &path).await?;
+                        let uploaded = bucket.upload_file(&key, &path).await?;
                         work.end(uploaded.bytes);
                         self.uploads.add(uploaded.bytes);
                         self.uploaded.add(&file, key.clone(), uploaded.crc32c);
@@ -117,11 +132,27 @@ impl Upload {
         futures::stream::iter(uploads).buffered(UPLOADS).try_collect().await
     }
 
-    /// Returns false when the log fills up that is cut behind the checkpoint: then it yields to
-    /// nobody. A pause holds always.
-    fn may_wait(&self) -> bool {
-        let ShipContext { replica, bucket, log_cap, .. } = &*self.context;
-        bucket.is_paused() || replica.log().bytes() < log_cap / 2
+    /// Waits until a file may pass; returns the bucket to upload it to.
+    async fn bucket_for(&self, bytes: u64) -> Bucket {
+        let bucket = &self.context.bucket;
+        let mut passes = std::pin::pin!(bucket.pass(bytes));
+        while self.has_time() {
+            tokio::select! {
+                _ = &mut passes => return bucket.clone(),
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
+            }
+        }
+        bucket.pass_without_yielding(bytes).await
+    }
+
+    /// Returns false when writes wait for the checkpoint, the log fills up that is cut behind it, or
+    /// its first file comes of age: then it yields to nobody, also where it has begun to wait.
+    fn has_time(&self) -> bool {
+        let ShipContext { replica, log_cap, .. } = &*self.context;
+        let is_waited_for = self.acknowledges && replica.bucket_acks().first().is_some();
+        !is_waited_for
+            && replica.log().bytes() < log_cap / 2
+            && self.uploaded.oldest() < WAITS_FOR_AT_MOST
     }
 
     /// Uploads the database's own list of its files, with which the files open as they are.
