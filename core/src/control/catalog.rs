@@ -52,10 +52,27 @@ pub struct Quarantine {
     /// them ship in the place of a target, its manifests count from there on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<(ReplicaId, Lsn)>,
+    /// The shards that gave the range, each with the replica whose log the targets followed. Those
+    /// that have left since stay: what they shipped may be nowhere else. Empty in versions of older
+    /// releases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<(ShardId, ReplicaId)>,
     /// End of the quarantine, microseconds since 1970.
     pub until_us: u64,
     /// Removal is allowed: nodes remove the range under the version that sets this.
     pub dropping: bool,
+}
+
+impl Quarantine {
+    /// Stands for the LSN of a replica that ships in the place of a target and was not one of those
+    /// with an LSN: each of its manifests covers the range. How far its log does is not known.
+    pub const ANY_MANIFEST: Lsn = Lsn(1);
+
+    /// Returns true when the range may have been taken from the replica's log.
+    pub fn took_from(&self, replica: ReplicaId) -> bool {
+        self.sources.iter().any(|(_, source)| *source == replica)
+            || self.sources.is_empty() && self.replicas.contains(&replica)
+    }
 }
 
 /// One catalog version.

@@ -1,7 +1,8 @@
 //! The resizes that a shard received rows in, as far as their sources still keep these.
 //!
 //! **Invariant:** read from the catalog alone: a quarantine ends only once a manifest of each target
-//! covers what has moved, and with it the need for the sources.
+//! covers what has moved, and with it the need for the sources. A source that was lost counts too:
+//! its archive outlives it.
 
 use vasto_core::catalog::{Catalog, Quarantine};
 use vasto_core::ids::{Lsn, ReplicaId, ShardId};
@@ -12,7 +13,7 @@ use vasto_shipping::layout::Owner;
 pub(crate) struct Resized {
     /// Replicas of the shard, each with the LSN of its log that covers everything up to the seals.
     pub targets: Vec<(ReplicaId, Lsn)>,
-    /// The replicas that gave the rows.
+    /// The replicas whose logs the shard followed.
     pub sources: Vec<Owner>,
 }
 
@@ -34,16 +35,23 @@ impl Resized {
             shards.iter().find(|(other, _)| *other == replica).map(|(_, shard)| *shard)
         };
         let targets = quarantine.targets.iter().chain(&quarantine.others);
-        let sources = quarantine.replicas.iter().filter_map(|replica| {
-            let (keyspace, shard) = (catalog.keyspace, shard_of(*replica)?);
-            Some(Owner { keyspace, shard, replica: *replica })
-        });
+        let mut sources = quarantine.sources.clone();
+        if sources.is_empty() {
+            // Of an older release: those of them that are still there.
+            let known = quarantine.replicas.iter();
+            sources.extend(known.filter_map(|replica| Some((shard_of(*replica)?, *replica))));
+        }
+        let owner = |(shard, replica)| Owner { keyspace: catalog.keyspace, shard, replica };
         Self {
             targets: targets
                 .filter(|(replica, _)| shard_of(*replica) == Some(shard))
                 .copied()
                 .collect(),
-            sources: sources.filter(|source| source.shard != shard).collect(),
+            sources: sources
+                .into_iter()
+                .map(owner)
+                .filter(|source| source.shard != shard)
+                .collect(),
         }
     }
 }
@@ -67,6 +75,7 @@ mod tests {
             replicas: vec![ReplicaId(1), ReplicaId(2), ReplicaId(99)],
             targets: vec![(ReplicaId(3), Lsn(40))],
             others: Vec::new(),
+            sources: Vec::new(),
             until_us: 9,
             dropping: false,
         });
@@ -81,5 +90,11 @@ mod tests {
             sources: vec![source(1, 0), source(2, 1)],
         };
         assert_eq!(Resized::all(&catalog, ShardId(2)), [resized]);
+        // A source that was lost, and made again as another replica, is none that is waited for.
+        catalog.quarantines[0].replicas = vec![ReplicaId(2)];
+        catalog.quarantines[0].sources =
+            vec![(ShardId(0), ReplicaId(50)), (ShardId(1), ReplicaId(2))];
+        let sources = [source(50, 0), source(2, 1)];
+        assert_eq!(Resized::all(&catalog, ShardId(2))[0].sources, sources);
     }
 }

@@ -71,6 +71,7 @@ fn quarantine_of(running: Running<'_>) -> Option<Quarantine> {
         replicas,
         targets: targets.into_iter().map(held).collect(),
         others: others.map(held).collect(),
+        sources: plan.sources.iter().map(|source| (source.shard, source.replica)).collect(),
         until_us: now_us + catalog.spec.quarantine_ms * 1000,
         dropping: false,
     })

@@ -338,6 +338,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
             replicas: replicas.into_iter().map(ReplicaId).collect(),
             targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
             others: Vec::new(),
+            sources: vec![(ShardId(0), ReplicaId(1))],
             until_us: u64::MAX,
             dropping: false,
         });
@@ -379,6 +380,9 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         (&[ReplicaId(2)][..], 1)
     );
     assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
+    // What it shipped may be what a target lacks that is lost as well.
+    assert_eq!(taken.quarantines[0].sources, [(ShardId(0), ReplicaId(1))]);
+    assert!(taken.quarantines[0].took_from(ReplicaId(1)));
 }
 
 #[test]
@@ -478,6 +482,7 @@ fn a_shrink_waits_for_the_quarantine_of_a_grow_and_not_for_that_of_a_shrink() {
         targets: Vec::new(),
         until_us,
         others: Vec::new(),
+        sources: Vec::new(),
         dropping: false,
     };
     let mut catalog = two_shards();
@@ -504,6 +509,7 @@ fn a_quarantine_waits_for_a_manifest_of_the_target() {
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(3), Lsn(101))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 10,
         dropping: false,
     });

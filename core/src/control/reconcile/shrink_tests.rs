@@ -190,6 +190,8 @@ fn a_shrink_goes_through_every_step_and_retires_its_shards() {
     assert_eq!(quarantine.replicas.len(), 6);
     assert_eq!(quarantine.targets, [(ReplicaId(1), Lsn(101)), (ReplicaId(3), Lsn(103))]);
     assert_eq!(quarantine.others, [(ReplicaId(2), Lsn(102)), (ReplicaId(4), Lsn(104))]);
+    let sources = [(2, 5), (3, 7), (4, 9)].map(|(shard, id)| (ShardId(shard), ReplicaId(id)));
+    assert_eq!(quarantine.sources, sources);
     assert_eq!(committed.node_of(ReplicaId(9)), five.node_of(ReplicaId(9)));
 
     let mut reports = done(&committed);

@@ -120,7 +120,7 @@ impl Grow {
             Log::Fork { .. } => bootstrap.merge_all(&replica, &chosen, AFTER, None).await,
         };
         let taken = match taken {
-            Ok(()) => bootstrap.take_from_sources(&replica, AFTER, log).await,
+            Ok(()) => bootstrap.take_from_sources(&replica, &chosen, AFTER, log).await,
             Err(error) => Err(error),
         };
         match taken {
