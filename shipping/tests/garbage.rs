@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use vasto_core::Band;
-use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec, Quarantine};
+use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec, Quarantine, QuarantineSource};
 use vasto_core::ids::Vector;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{Body, Record};
@@ -337,7 +337,8 @@ async fn the_log_of_a_source_stays_while_what_it_gave_is_in_quarantine() {
     next.placement[0].replicas[0].replica = ReplicaId(9);
     next.discarded = vec![REPLICA];
     next.quarantines[0].replicas.clear();
-    next.quarantines[0].sources = vec![(SHARD, REPLICA)];
+    next.quarantines[0].sources =
+        vec![QuarantineSource { shard: SHARD, replica: REPLICA, sealed: Lsn(33) }];
     rig.write(next).await;
     tokio::time::sleep(Duration::from_millis(5)).await;
     rig.put("probe/later", "moves the store's clock").await;

@@ -30,7 +30,7 @@ impl Bootstrap {
     /// Returns the replicas whose logs the shard has followed.
     pub(super) fn followed(&self) -> Vec<ReplicaId> {
         let sources = self.resized.iter().flat_map(|resized| &resized.sources);
-        sources.map(|source| source.replica).collect()
+        sources.map(|(source, _)| source.replica).collect()
     }
 
     /// Notes how far the records of a chunk, which are all here, had followed the sources. `key`
@@ -96,33 +96,39 @@ impl Bootstrap {
             if resized.targets.iter().any(|target| is_covered(*target, &reached, has_checkpoint)) {
                 continue;
             }
-            for source in &resized.sources {
-                self.take_rest(replica, *source, shards, log).await?;
+            for (source, seal) in &resized.sources {
+                let filter = ShardFilter { shard: replica.shard, shards };
+                self.take_rest(replica, *source, *seal, filter, log).await?;
             }
         }
         Ok(())
     }
 
-    /// Takes the log of a source behind the position up to which the shard has followed it.
+    /// Takes the log of a source behind the position up to which the shard has followed it, up to its
+    /// `seal`.
     async fn take_rest(
         &self,
         replica: &Replica,
         source: Owner,
-        shards: u32,
+        seal: Option<Lsn>,
+        filter: ShardFilter,
         log: Log,
     ) -> Result<(), BuildError> {
         let key = log.cursor_of(source.replica);
         // Only one replica of each shard that gave rows was followed.
         let Some(cursor) = tail_cursor(replica, key)? else { return Ok(()) };
+        if seal.is_some_and(|seal| cursor >= seal) {
+            return Ok(());
+        }
         let mut archives = archive::archives(&self.bucket, source.keyspace, source.shard).await?;
         let archived = archives.remove(&source.replica).unwrap_or_default();
         // What is acknowledged is listed by now; a source that ships on may never be caught up with.
-        let last = archived.chunks.last().copied().unwrap_or_default();
-        let filter = ShardFilter { shard: replica.shard, shards };
+        let listed = archived.chunks.last().copied().unwrap_or_default();
         let mut rest = ChunkReader::after(source, archived.chunks, cursor);
         let mut taken = 0;
-        while let Some(chunk) = self.next_listed(&mut rest).await? {
-            if chunk.first_lsn > last {
+        while seal.is_none_or(|seal| rest.at < seal) {
+            let Some(chunk) = self.next_listed(&mut rest).await? else { break };
+            if seal.is_none() && chunk.first_lsn > listed {
                 break;
             }
             if !rest.gapless {

@@ -8,7 +8,9 @@ use super::progress::{Advance, Running};
 use super::refusal::PlanError;
 use super::resize::start_resize;
 use crate::band::Band;
-use crate::catalog::{Catalog, KeyspaceSpec, Quarantine, RetiredReplica, Retirement};
+use crate::catalog::{
+    Catalog, KeyspaceSpec, Quarantine, QuarantineSource, RetiredReplica, Retirement,
+};
 use crate::control::operation::{OperationOutcome, Reached};
 use crate::control::plan::{
     NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
@@ -329,6 +331,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
     let mut catalog = two_shards();
     let leaving = crate::catalog::NodeDrain::new(NODE(1), true, 1);
     catalog.draining_nodes.push(leaving);
+    let gave = QuarantineSource { shard: ShardId(0), replica: ReplicaId(1), sealed: Lsn(6) };
     for (plan, replicas, targets) in
         [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])]
     {
@@ -338,7 +341,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
             replicas: replicas.into_iter().map(ReplicaId).collect(),
             targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
             others: Vec::new(),
-            sources: vec![(ShardId(0), ReplicaId(1))],
+            sources: vec![gave],
             until_us: u64::MAX,
             dropping: false,
         });
@@ -381,7 +384,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
     );
     assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
     // What it shipped may be what a target lacks that is lost as well.
-    assert_eq!(taken.quarantines[0].sources, [(ShardId(0), ReplicaId(1))]);
+    assert_eq!(taken.quarantines[0].sources, [gave]);
     assert!(taken.quarantines[0].took_from(ReplicaId(1)));
 }
 
