@@ -353,6 +353,7 @@ fn catalog() -> Catalog {
         replicas: vec![ReplicaId(1), ReplicaId(2)],
         targets: vec![(ReplicaId(3), Lsn(11))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 1_700_000_005_000_000,
         dropping: true,
     }];

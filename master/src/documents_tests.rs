@@ -104,6 +104,7 @@ fn orders() -> Catalog {
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(2), Lsn(20))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 9_000_000,
         dropping: true,
     });

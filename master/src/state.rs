@@ -30,7 +30,7 @@ mod watch;
 mod whole_watch;
 mod wholes;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,6 +48,9 @@ pub(crate) use self::trouble::Trouble;
 pub(crate) use self::watch::{PlanWatch, StepBytes, sources, targets};
 use self::whole_watch::WholeWatch;
 use crate::loads::Loads;
+
+/// Writes of catalog versions whose times are kept.
+const WRITES_KEPT: usize = 5;
 
 /// The whole state of the master.
 #[derive(Default)]
@@ -77,8 +80,8 @@ pub(crate) struct ClusterState {
     pub(crate) rebalance: RebalanceLook,
     /// Whether the running rebalance goes on.
     pub(crate) rebalance_watch: WholeWatch,
-    /// Seconds of the last writes of catalog versions, averaged; `None` before the first one.
-    pub(crate) write_seconds: Option<f64>,
+    /// Seconds of the last writes of catalog versions, the newest last.
+    writes: VecDeque<f64>,
     /// Nodes examined for decisions, so that a test can count the work.
     #[cfg(test)]
     pub(crate) examined: std::cell::Cell<u64>,
@@ -110,9 +113,18 @@ impl ClusterState {
 
     /// Notes how long the write of a catalog version took.
     pub(crate) fn note_write(&mut self, took: Duration) {
-        let took = took.as_secs_f64();
-        let before = self.write_seconds.unwrap_or(took);
-        self.write_seconds = Some((before + took) / 2.0);
+        if self.writes.len() >= WRITES_KEPT {
+            self.writes.pop_front();
+        }
+        self.writes.push_back(took.as_secs_f64());
+    }
+
+    /// Returns how long the last writes of catalog versions took, seconds; `None` before the first
+    /// one. One of them that an outage held up, or a process that stood still, makes no difference.
+    pub(crate) fn write_seconds(&self) -> Option<f64> {
+        let mut sorted: Vec<f64> = self.writes.iter().copied().collect();
+        sorted.sort_by(f64::total_cmp);
+        sorted.get(sorted.len().saturating_sub(1) / 2).copied()
     }
 
     /// Returns every node that registered, and every node that only the catalogs name.

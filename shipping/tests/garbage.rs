@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use vasto_core::Band;
-use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec, Quarantine};
+use vasto_core::catalog::{Catalog, GivenUp, KeyspaceSpec, Quarantine, QuarantineSource};
 use vasto_core::ids::Vector;
 use vasto_core::plan::{Plan, PlanKind, Step};
 use vasto_core::record::{Body, Record};
@@ -319,6 +319,7 @@ async fn the_log_of_a_source_stays_while_what_it_gave_is_in_quarantine() {
         replicas: vec![REPLICA],
         targets: vec![(ReplicaId(2), Lsn(7))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: u64::MAX,
         dropping: false,
     });
@@ -331,11 +332,25 @@ async fn the_log_of_a_source_stays_while_what_it_gave_is_in_quarantine() {
     };
     collect(&rig.bucket, STRICT, false).await.unwrap();
     assert_eq!(chunks(rig.keys().await), [1, 11, 21, 31]);
+    // Another replica is in its place, which needs nothing of its archive.
     let mut next = rig.catalog.next(3, 3);
+    next.placement[0].replicas[0].replica = ReplicaId(9);
+    next.discarded = vec![REPLICA];
+    next.quarantines[0].replicas.clear();
+    next.quarantines[0].sources =
+        vec![QuarantineSource { shard: SHARD, replica: REPLICA, sealed: Lsn(33) }];
+    rig.write(next).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    rig.put("probe/later", "moves the store's clock").await;
+    collect(&rig.bucket, STRICT, false).await.unwrap();
+    assert_eq!(chunks(rig.keys().await), [1, 11, 21, 31]);
+    let mut next = rig.catalog.next(4, 4);
     next.quarantines.clear();
     rig.write(next).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
+    rig.put("probe/still-later", "moves the store's clock").await;
     collect(&rig.bucket, STRICT, false).await.unwrap();
-    assert_eq!(chunks(rig.keys().await), [31]);
+    assert!(chunks(rig.keys().await).is_empty());
 }
 
 /// A master that was killed between the two steps of creating the keyspace: no master continues the

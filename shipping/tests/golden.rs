@@ -180,6 +180,7 @@ fn catalog() {
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(2), Lsn(55))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 1_700_000_000_000_002,
         dropping: false,
     });

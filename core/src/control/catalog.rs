@@ -52,10 +52,37 @@ pub struct Quarantine {
     /// them ship in the place of a target, its manifests count from there on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub others: Vec<(ReplicaId, Lsn)>,
+    /// The replicas whose logs the targets followed. Those that have left since stay: what they
+    /// shipped may be nowhere else. Empty in versions of older releases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<QuarantineSource>,
     /// End of the quarantine, microseconds since 1970.
     pub until_us: u64,
     /// Removal is allowed: nodes remove the range under the version that sets this.
     pub dropping: bool,
+}
+
+/// A replica that gave a range in quarantine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QuarantineSource {
+    /// Its shard then.
+    pub shard: ShardId,
+    /// The replica.
+    pub replica: ReplicaId,
+    /// LSN of its log behind which no record touches the range; 0 when it is not known.
+    pub sealed: Lsn,
+}
+
+impl Quarantine {
+    /// Stands for the LSN of a replica that ships in the place of a target and was not one of those
+    /// with an LSN: each of its manifests covers the range. How far its log does is not known.
+    pub const ANY_MANIFEST: Lsn = Lsn(1);
+
+    /// Returns true when the range may have been taken from the replica's log.
+    pub fn took_from(&self, replica: ReplicaId) -> bool {
+        self.sources.iter().any(|source| source.replica == replica)
+            || self.sources.is_empty() && self.replicas.contains(&replica)
+    }
 }
 
 /// One catalog version.

@@ -59,6 +59,7 @@ fn idle_keyspaces_are_not_looked_at() {
         replicas: vec![ReplicaId(1)],
         targets: Vec::new(),
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 3_000_000,
         dropping: false,
     });

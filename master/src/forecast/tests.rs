@@ -102,6 +102,7 @@ fn bands_in_quarantine_do_not_move() {
         replicas: vec![ReplicaId(1), ReplicaId(2)],
         targets: Vec::new(),
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: u64::MAX,
         dropping: false,
     });

@@ -72,7 +72,7 @@ impl Paces {
             let rates = node.rates;
             (*id, [rates.download, rates.rewrite, rates.export, rates.upload].map(measured))
         });
-        let request = state.write_seconds.unwrap_or_default();
+        let request = state.write_seconds().unwrap_or_default();
         Self { nodes: nodes.collect(), max_rate: None, request }
     }
 

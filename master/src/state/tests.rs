@@ -103,6 +103,19 @@ fn a_session_gets_everything_once_and_everything_again_after_a_reconnect() {
 }
 
 #[test]
+fn one_write_that_was_held_up_does_not_make_the_bucket_slow() {
+    let mut state = ClusterState::default();
+    assert_eq!(state.write_seconds(), None);
+    for (took, then) in [(10, 10), (60_000, 10), (20, 20), (20, 20), (90_000, 20)] {
+        state.note_write(Duration::from_millis(took));
+        assert_eq!(state.write_seconds(), Some(then as f64 / 1_000.0));
+    }
+    // The bucket is slow.
+    (0..3).for_each(|_| state.note_write(Duration::from_secs(2)));
+    assert_eq!(state.write_seconds(), Some(2.0));
+}
+
+#[test]
 fn lower_versions_never_replace_higher_ones() {
     let (mut state, ..) = two_nodes();
     let third = Catalog { version: CatalogVersion(3), ..catalog() };

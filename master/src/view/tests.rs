@@ -93,6 +93,7 @@ fn retired_replicas_are_shown_while_there_are_any() {
         replicas: vec![shard.replicas[0].replica],
         targets: Vec::new(),
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 9_000,
         dropping: false,
     });

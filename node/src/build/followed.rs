@@ -12,9 +12,10 @@
 
 use std::collections::BTreeMap;
 
-use vasto_core::ids::{Lsn, ReplicaId};
+use vasto_core::catalog::Quarantine;
+use vasto_core::ids::{Lsn, ReplicaId, covers};
 use vasto_core::record::{Body, FeedProgress};
-use vasto_shipping::archive;
+use vasto_shipping::archive::{self, ArchivedCheckpoint};
 use vasto_shipping::chunk::Chunk;
 use vasto_shipping::layout::Owner;
 
@@ -23,13 +24,13 @@ use super::chunks::ChunkReader;
 use super::error::BuildError;
 use super::filter::ShardFilter;
 use super::groups::apply_in_groups;
+use super::sources::RestoreSources;
 use crate::replica::Replica;
-
 impl Bootstrap {
     /// Returns the replicas whose logs the shard has followed.
     pub(super) fn followed(&self) -> Vec<ReplicaId> {
         let sources = self.resized.iter().flat_map(|resized| &resized.sources);
-        sources.map(|source| source.replica).collect()
+        sources.map(|(source, _)| source.replica).collect()
     }
 
     /// Notes how far the records of a chunk, which are all here, had followed the sources. `key`
@@ -69,49 +70,67 @@ impl Bootstrap {
         Ok(())
     }
 
-    /// Takes what the sources of resizes have shipped and the archives of the shard, which have been
-    /// read to their ends, do not hold.
+    /// Takes what the sources of resizes have shipped and the archives of the shard, `read` to their
+    /// ends, do not hold.
     ///
     /// # Errors
     /// `Gap` when a part of a source's log is missing.
     pub(crate) async fn take_from_sources(
         &self,
         replica: &Replica,
+        read: &RestoreSources,
         shards: u32,
         log: Log,
     ) -> Result<(), BuildError> {
         let reached = self.progress.lock().reached.clone();
+        let is_held = |base: &ArchivedCheckpoint| match log {
+            Log::Replicate => covers(&replica.vector(), &base.manifest.vector),
+            // All checkpoints are merged.
+            Log::Fork { .. } => true,
+        };
         for resized in &self.resized {
-            let is_covered = |(target, lsn): &(ReplicaId, Lsn)| {
-                reached.iter().any(|(read, at)| read == target && at >= lsn)
+            let has_checkpoint = |target: ReplicaId| {
+                let of_target = read.all.iter().filter(|source| source.owner.replica == target);
+                of_target.filter_map(|source| source.base.as_ref()).any(is_held)
             };
-            if resized.targets.iter().any(is_covered) {
+            if resized.targets.iter().any(|target| is_covered(*target, &reached, has_checkpoint)) {
                 continue;
             }
-            for source in &resized.sources {
-                self.take_rest(replica, *source, shards, log).await?;
+            for (source, seal) in &resized.sources {
+                let filter = ShardFilter { shard: replica.shard, shards };
+                self.take_rest(replica, *source, *seal, filter, log).await?;
             }
         }
         Ok(())
     }
 
-    /// Takes the log of a source behind the position up to which the shard has followed it.
+    /// Takes the log of a source behind the position up to which the shard has followed it, up to its
+    /// `seal`.
     async fn take_rest(
         &self,
         replica: &Replica,
         source: Owner,
-        shards: u32,
+        seal: Option<Lsn>,
+        filter: ShardFilter,
         log: Log,
     ) -> Result<(), BuildError> {
         let key = log.cursor_of(source.replica);
         // Only one replica of each shard that gave rows was followed.
         let Some(cursor) = tail_cursor(replica, key)? else { return Ok(()) };
+        if seal.is_some_and(|seal| cursor >= seal) {
+            return Ok(());
+        }
         let mut archives = archive::archives(&self.bucket, source.keyspace, source.shard).await?;
         let archived = archives.remove(&source.replica).unwrap_or_default();
-        let filter = ShardFilter { shard: replica.shard, shards };
+        // What is acknowledged is listed by now; a source that ships on may never be caught up with.
+        let listed = archived.chunks.last().copied().unwrap_or_default();
         let mut rest = ChunkReader::after(source, archived.chunks, cursor);
         let mut taken = 0;
-        while let Some(chunk) = self.next_listed(&mut rest).await? {
+        while seal.is_none_or(|seal| rest.at < seal) {
+            let Some(chunk) = self.next_listed(&mut rest).await? else { break };
+            if seal.is_none() && chunk.first_lsn > listed {
+                break;
+            }
             if !rest.gapless {
                 return Err(BuildError::gap(source, chunk.first_lsn));
             }
@@ -133,5 +152,36 @@ impl Bootstrap {
             "took what the source of a resize had shipped and this shard had not"
         );
         Ok(())
+    }
+}
+
+/// Returns true when the archives that were read hold everything up to the seals: the log of a target
+/// up to its LSN of then, or a checkpoint of a replica that came in its place. The log of such a one
+/// may end before, behind the archive of another.
+fn is_covered(
+    (target, lsn): (ReplicaId, Lsn),
+    reached: &[(ReplicaId, Lsn)],
+    has_checkpoint: impl Fn(ReplicaId) -> bool,
+) -> bool {
+    reached.iter().any(|(read, at)| *read == target && *at >= lsn)
+        && (lsn > Quarantine::ANY_MANIFEST || has_checkpoint(target))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_log_of_a_target_covers_the_seals_and_that_of_its_successor_does_not() {
+        let (target, other) = (ReplicaId(3), ReplicaId(4));
+        let reached = [(target, Lsn(40)), (other, Lsn(90))];
+        let covered = |replica, lsn, has_checkpoint| {
+            is_covered((replica, Lsn(lsn)), &reached, |_| has_checkpoint)
+        };
+        assert!(covered(target, 40, false));
+        assert!(!covered(target, 41, true), "what was read ends before");
+        assert!(!covered(other, 1, false), "only chunks of the successor were read");
+        assert!(covered(other, 1, true));
+        assert!(!covered(ReplicaId(5), 1, true), "nothing of it was read");
     }
 }

@@ -1,7 +1,8 @@
 //! The resizes that a shard received rows in, as far as their sources still keep these.
 //!
 //! **Invariant:** read from the catalog alone: a quarantine ends only once a manifest of each target
-//! covers what has moved, and with it the need for the sources.
+//! covers what has moved, and with it the need for the sources. A source that was lost counts too:
+//! its archive outlives it.
 
 use vasto_core::catalog::{Catalog, Quarantine};
 use vasto_core::ids::{Lsn, ReplicaId, ShardId};
@@ -12,8 +13,9 @@ use vasto_shipping::layout::Owner;
 pub(crate) struct Resized {
     /// Replicas of the shard, each with the LSN of its log that covers everything up to the seals.
     pub targets: Vec<(ReplicaId, Lsn)>,
-    /// The replicas that gave the rows.
-    pub sources: Vec<Owner>,
+    /// The replicas whose logs the shard followed, each with the LSN behind which its log has nothing
+    /// more for the shard; `None` when an older release committed the resize.
+    pub sources: Vec<(Owner, Option<Lsn>)>,
 }
 
 impl Resized {
@@ -34,16 +36,25 @@ impl Resized {
             shards.iter().find(|(other, _)| *other == replica).map(|(_, shard)| *shard)
         };
         let targets = quarantine.targets.iter().chain(&quarantine.others);
-        let sources = quarantine.replicas.iter().filter_map(|replica| {
-            let (keyspace, shard) = (catalog.keyspace, shard_of(*replica)?);
-            Some(Owner { keyspace, shard, replica: *replica })
-        });
+        let keyspace = catalog.keyspace;
+        let mut sources: Vec<(Owner, Option<Lsn>)> = Vec::new();
+        for source in &quarantine.sources {
+            let owner = Owner { keyspace, shard: source.shard, replica: source.replica };
+            sources.push((owner, Some(source.sealed).filter(|sealed| *sealed > Lsn(0))));
+        }
+        if sources.is_empty() {
+            // Of an older release: those that are still there.
+            sources.extend(quarantine.replicas.iter().filter_map(|replica| {
+                Some((Owner { keyspace, shard: shard_of(*replica)?, replica: *replica }, None))
+            }));
+        }
+        sources.retain(|(source, _)| source.shard != shard);
         Self {
             targets: targets
                 .filter(|(replica, _)| shard_of(*replica) == Some(shard))
                 .copied()
                 .collect(),
-            sources: sources.filter(|source| source.shard != shard).collect(),
+            sources,
         }
     }
 }
@@ -51,7 +62,7 @@ impl Resized {
 #[cfg(test)]
 mod tests {
     use vasto_core::Band;
-    use vasto_core::catalog::KeyspaceSpec;
+    use vasto_core::catalog::{KeyspaceSpec, QuarantineSource};
     use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
 
     use super::*;
@@ -67,6 +78,7 @@ mod tests {
             replicas: vec![ReplicaId(1), ReplicaId(2), ReplicaId(99)],
             targets: vec![(ReplicaId(3), Lsn(40))],
             others: Vec::new(),
+            sources: Vec::new(),
             until_us: 9,
             dropping: false,
         });
@@ -78,8 +90,18 @@ mod tests {
         };
         let resized = Resized {
             targets: vec![(ReplicaId(3), Lsn(40))],
-            sources: vec![source(1, 0), source(2, 1)],
+            sources: vec![(source(1, 0), None), (source(2, 1), None)],
         };
         assert_eq!(Resized::all(&catalog, ShardId(2)), [resized]);
+        // A source that was lost, and made again as another replica, is none that is waited for.
+        catalog.quarantines[0].replicas = vec![ReplicaId(2)];
+        let gave = |shard: u32, replica: u64, sealed: u64| QuarantineSource {
+            shard: ShardId(shard),
+            replica: ReplicaId(replica),
+            sealed: Lsn(sealed),
+        };
+        catalog.quarantines[0].sources = vec![gave(0, 50, 7), gave(1, 2, 0)];
+        let sources = [(source(50, 0), Some(Lsn(7))), (source(2, 1), None)];
+        assert_eq!(Resized::all(&catalog, ShardId(2))[0].sources, sources);
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! **Invariant:** nothing is written to the disk, and the block cache stays as it is.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 use rocksdb::{Cache, DBCompressionType, Env, Options, SstFileWriter};
@@ -63,7 +63,8 @@ fn row_bytes((key, value): &Row) -> u64 {
 
 impl Engine {
     /// Takes rows that `keeps` accepts at places spread over the data: about `rows` of them, and
-    /// about `bytes`. The walk is over these places, or over `everything`. Reads from the disk.
+    /// about `bytes`; of long rows up to four times as many bytes, and one row more. The walk is over
+    /// these places, or over `everything`. Reads from the disk.
     pub(crate) fn sample(
         &self,
         rows: usize,
@@ -72,12 +73,15 @@ impl Engine {
         keeps: impl Fn(&[u8], &[u8]) -> bool,
     ) -> Result<Sample, EngineError> {
         let taken: RefCell<Vec<Row>> = RefCell::default();
+        // Each place gives a row, however long it is.
+        let left = Cell::new(bytes.saturating_mul(4));
         let take = |key: &[u8], value: &[u8]| {
             let keeps = keeps(key, value);
             let mut taken = taken.borrow_mut();
             // The end of one place may lie beyond the beginning of the next one.
             let ascends = taken.last().is_none_or(|(last, _)| last.as_slice() < key);
-            if keeps && ascends {
+            if keeps && ascends && left.get() > 0 {
+                left.set(left.get().saturating_sub(key.len() + value.len()));
                 taken.push((key.to_vec(), value.to_vec()));
             }
             keeps

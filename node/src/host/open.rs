@@ -214,7 +214,10 @@ impl Shared {
             }
         };
         let taken = match taken {
-            Ok(()) => bootstrap.take_from_sources(replica, catalog.spec.shards, log).await,
+            Ok(()) => {
+                let shards = catalog.spec.shards;
+                bootstrap.take_from_sources(replica, &chosen, shards, log).await
+            }
             Err(error) => Err(error),
         };
         span.count("vasto.logs", bootstrap.progress.lock().reached.len() as u64);

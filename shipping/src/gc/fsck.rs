@@ -379,7 +379,9 @@ fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
             // What is before its own objects, and counts as shipped, is in the archives of others.
             Some(ShipsBehind::Others(continues)) => {
                 if continues.lsn > start {
-                    found.missing.extend(lost_predecessor(survey, &owner, continues, is_kept));
+                    found
+                        .missing
+                        .extend(lost_predecessor(survey, logs, &owner, continues, is_kept));
                 }
                 at = at.max(continues.lsn);
             }
@@ -402,6 +404,7 @@ fn find_holes(survey: &Survey, logs: &Logs, known: &Known, found: &mut Fsck) {
 /// there, no later checkpoint of its replica stands for it, and that replica still counts.
 fn lost_predecessor(
     survey: &Survey,
+    logs: &Logs,
     owner: &Owner,
     continues: Continues,
     is_kept: impl Fn(&Owner) -> bool,
@@ -411,8 +414,13 @@ fn lost_predecessor(
         .manifests
         .get(&other)
         .is_some_and(|all| all.range(continues.object..).next().is_some());
+    let is_read = logs.get(&other).is_some_and(|log| log.contains_key(&continues.object));
+    if !is_kept(&other) || later || is_read {
+        return None;
+    }
     let (chunk, manifest) = (other.chunk(continues.object), other.manifest(continues.object));
+    // One that cannot be read is listed all the same, and told as damaged.
     let is_there =
-        || survey.objects.iter().any(|object| object.key == chunk || object.key == manifest);
-    (is_kept(&other) && !later && !is_there()).then_some(chunk)
+        survey.objects.iter().any(|object| object.key == chunk || object.key == manifest);
+    (!is_there).then_some(chunk)
 }

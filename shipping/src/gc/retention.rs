@@ -58,6 +58,12 @@ pub(super) fn is_member(catalog: &Catalog, owner: &Owner) -> bool {
         || catalog.draining.iter().any(|lost| lost.replica == owner.replica)
 }
 
+/// Returns true while rows that the replica gave to another shard are in quarantine: should that
+/// shard be lost before it has shipped them, it is made again with this replica's log.
+fn gave(catalog: &Catalog, owner: &Owner) -> bool {
+    catalog.quarantines.iter().any(|kept| kept.took_from(owner.replica))
+}
+
 /// Returns the keys that are not needed, whatever their age. `covered`: see
 /// [`super::coverage::covered`].
 pub(super) fn garbage<'a>(
@@ -121,7 +127,8 @@ impl<'a> Needed<'a> {
     /// Returns true when the whole archive of a replica goes: its keyspace was deleted before the
     /// retained archive began, or the replica ships no more, and its successor can restore the
     /// whole retained archive and all that the replica has shipped. Of a shard that retired before
-    /// the retained archive began, the surviving shards are the successors.
+    /// the retained archive began, the surviving shards are the successors. What the replica gave to
+    /// another shard has no successor while it is in quarantine.
     fn is_over(&self, catalog: &Catalog, owner: &Owner, covered: &BTreeSet<Owner>) -> bool {
         let tip = layout::catalog_version(catalog.keyspace, catalog.version);
         let written = self.shipments.written_us(&tip);
@@ -131,6 +138,7 @@ impl<'a> Needed<'a> {
             return true;
         }
         !is_member(catalog, owner)
+            && !gave(catalog, owner)
             && (covered.contains(owner)
                 || catalog.discarded.contains(&owner.replica)
                 || self.retired_before(catalog, owner))
@@ -201,16 +209,12 @@ impl<'a> Needed<'a> {
             Shipped::Manifest(lsn) => {
                 !self.retained.get(&owner).is_some_and(|lsns| lsns.contains(&lsn))
             }
-            Shipped::Chunk(first) => self.is_covered(&owner, first) && !self.gave(&owner),
+            Shipped::Chunk(first) => {
+                let gave = |catalog: &Catalog| gave(catalog, &owner);
+                self.is_covered(&owner, first)
+                    && !self.survey.catalogs.get(&owner.keyspace).is_some_and(gave)
+            }
         }
-    }
-
-    /// Returns true while rows that the replica gave to another shard are in quarantine: should that
-    /// shard be lost before it has shipped them, it is made again with this replica's log.
-    fn gave(&self, owner: &Owner) -> bool {
-        self.survey.catalogs.get(&owner.keyspace).is_some_and(|catalog| {
-            catalog.quarantines.iter().any(|kept| kept.replicas.contains(&owner.replica))
-        })
     }
 
     /// Returns true when a whole chunk lies before the oldest retained checkpoint.

@@ -119,13 +119,24 @@ async fn rows_whose_time_ends_while_they_move_are_gone_at_their_new_place() -> R
     cluster.finish().await
 }
 
-/// While a target follows, its source acknowledges writes because the bucket has them. The target
-/// dies at the commit, with its disk, before it has shipped what it had taken.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_bucket_has_of_a_source_outlives_the_target_that_dies_at_the_commit() -> Result<()>
 {
+    target_dies_at_the_commit(2).await
+}
+
+/// The shard of the source is made again first.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_the_bucket_has_of_a_source_outlives_both_when_they_die_at_the_commit() -> Result<()> {
+    target_dies_at_the_commit(1).await
+}
+
+/// While a target follows, its source acknowledges writes because the bucket has them. The target
+/// dies at the commit, with its disk, before it has shipped what it had taken; on an only node its
+/// source does, too.
+async fn target_dies_at_the_commit(nodes: usize) -> Result<()> {
     const ROWS: u64 = 300;
-    let started = Cluster::builder().nodes(2).set("node.ship_interval=1h").failpoints();
+    let started = Cluster::builder().nodes(nodes).set("node.ship_interval=1h").failpoints();
     let mut cluster = started.allow_warnings().start().await?;
     cluster.create("behind", 1, &["--ack", "bucket"]).await?;
     let keyspace = cluster.keyspace("behind").await?;

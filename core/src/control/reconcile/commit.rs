@@ -8,9 +8,11 @@ use super::progress::{
     Advance, Running, others_of_sources, shipping_targets, source_progress, target_progress,
 };
 use super::quarantine::{remove_from_quarantines, retire_from_quarantines};
-use crate::catalog::{Catalog, Placed, Quarantine, RetiredReplica, ShardPlacement};
+use crate::catalog::{
+    Catalog, Placed, Quarantine, QuarantineSource, RetiredReplica, ShardPlacement,
+};
 use crate::control::operation::OperationOutcome;
-use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, Step, Target};
+use crate::control::plan::{NODE_AWAY_MAX_US, Plan, PlanKind, Source, Step, Target};
 use crate::control::report::{ReplicaReport, TargetStage};
 use crate::ids::{Epoch, NodeId, ReplicaId, ShardId};
 
@@ -61,6 +63,11 @@ fn quarantine_of(running: Running<'_>) -> Option<Quarantine> {
         let lsn = reports.get(&target.replica).map(|report| report.lsn).unwrap_or_default();
         (target.replica, lsn)
     };
+    let sealed = |source: &Source| {
+        let seal = source_progress(plan, source.replica, reports).and_then(|at| at.sealed);
+        let sealed = seal.map(|seal| seal.lsn).unwrap_or_default();
+        QuarantineSource { shard: source.shard, replica: source.replica, sealed }
+    };
     let (targets, others): (Vec<&Target>, Vec<&Target>) =
         plan.targets.iter().partition(|target| is_shipping(target));
     // A replica of a new shard has shipped nothing before it held the bands.
@@ -71,6 +78,7 @@ fn quarantine_of(running: Running<'_>) -> Option<Quarantine> {
         replicas,
         targets: targets.into_iter().map(held).collect(),
         others: others.map(held).collect(),
+        sources: plan.sources.iter().map(sealed).collect(),
         until_us: now_us + catalog.spec.quarantine_ms * 1000,
         dropping: false,
     })

@@ -184,6 +184,7 @@ fn a_quarantine_without_its_target_waits_for_the_one_that_ships_now() {
         replicas: vec![ReplicaId(9)],
         targets: vec![(ReplicaId(1), Lsn(70))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 0,
         dropping: false,
     });

@@ -344,6 +344,7 @@ fn another_preferred_primary_gets_the_leadership_by_a_transfer() {
         replicas: vec![ReplicaId(9)],
         targets: vec![(ReplicaId(1), Lsn(7))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 0,
         dropping: false,
     });

@@ -8,7 +8,9 @@ use super::progress::{Advance, Running};
 use super::refusal::PlanError;
 use super::resize::start_resize;
 use crate::band::Band;
-use crate::catalog::{Catalog, KeyspaceSpec, Quarantine, RetiredReplica, Retirement};
+use crate::catalog::{
+    Catalog, KeyspaceSpec, Quarantine, QuarantineSource, RetiredReplica, Retirement,
+};
 use crate::control::operation::{OperationOutcome, Reached};
 use crate::control::plan::{
     NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Source, Step, Target,
@@ -329,6 +331,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
     let mut catalog = two_shards();
     let leaving = crate::catalog::NodeDrain::new(NODE(1), true, 1);
     catalog.draining_nodes.push(leaving);
+    let gave = QuarantineSource { shard: ShardId(0), replica: ReplicaId(1), sealed: Lsn(6) };
     for (plan, replicas, targets) in
         [(1, vec![1, 2], vec![(2, 7)]), (2, vec![2], vec![(1, 9), (2, 7)])]
     {
@@ -338,6 +341,7 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
             replicas: replicas.into_iter().map(ReplicaId).collect(),
             targets: targets.into_iter().map(|(id, lsn)| (ReplicaId(id), Lsn(lsn))).collect(),
             others: Vec::new(),
+            sources: vec![gave],
             until_us: u64::MAX,
             dropping: false,
         });
@@ -379,6 +383,9 @@ fn a_take_over_takes_the_quarantines_of_the_lost_replica_too() {
         (&[ReplicaId(2)][..], 1)
     );
     assert_eq!(taken.quarantines[1].targets, [(ReplicaId(3), Lsn(1)), (ReplicaId(2), Lsn(7))]);
+    // What it shipped may be what a target lacks that is lost as well.
+    assert_eq!(taken.quarantines[0].sources, [gave]);
+    assert!(taken.quarantines[0].took_from(ReplicaId(1)));
 }
 
 #[test]
@@ -478,6 +485,7 @@ fn a_shrink_waits_for_the_quarantine_of_a_grow_and_not_for_that_of_a_shrink() {
         targets: Vec::new(),
         until_us,
         others: Vec::new(),
+        sources: Vec::new(),
         dropping: false,
     };
     let mut catalog = two_shards();
@@ -504,6 +512,7 @@ fn a_quarantine_waits_for_a_manifest_of_the_target() {
         replicas: vec![ReplicaId(1)],
         targets: vec![(ReplicaId(3), Lsn(101))],
         others: Vec::new(),
+        sources: Vec::new(),
         until_us: 10,
         dropping: false,
     });

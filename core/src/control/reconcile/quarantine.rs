@@ -123,7 +123,8 @@ pub fn end_quarantines(
 }
 
 /// Takes a removed replica out of the quarantines: its range is not waited for, and a manifest of
-/// the replica that ships in its place covers what its own manifest was to cover.
+/// the replica that ships in its place covers what its own manifest was to cover. As a source it
+/// stays: its log is in the bucket.
 pub(crate) fn remove_from_quarantines(
     quarantines: &mut [Quarantine],
     gone: ReplicaId,
@@ -145,7 +146,7 @@ pub(crate) fn remove_from_quarantines(
         // have shipped manifests before. Any other began to exist after the range had moved: each
         // of its manifests covers the whole range.
         let lsn = quarantine.others.iter().find(|(other, _)| *other == successor);
-        quarantine.targets[at] = (successor, lsn.map_or(Lsn(1), |(_, lsn)| *lsn));
+        quarantine.targets[at] = (successor, lsn.map_or(Quarantine::ANY_MANIFEST, |(_, lsn)| *lsn));
     }
 }
 

@@ -9,7 +9,9 @@ use super::quarantine::{end_quarantines, in_the_way};
 use super::refusal::PlanError;
 use super::resize::start_resize;
 use crate::band::{Band, ShardCountError};
-use crate::catalog::{Catalog, DrainingReplica, KeyspaceSpec, NodeDrain, Placed, RetiredReplica};
+use crate::catalog::{
+    Catalog, DrainingReplica, KeyspaceSpec, NodeDrain, Placed, QuarantineSource, RetiredReplica,
+};
 use crate::control::operation::{OperationKind, OperationOutcome};
 use crate::control::plan::{NODE_AWAY_MAX_US, PinnedManifest, Step};
 use crate::control::report::{
@@ -190,6 +192,12 @@ fn a_shrink_goes_through_every_step_and_retires_its_shards() {
     assert_eq!(quarantine.replicas.len(), 6);
     assert_eq!(quarantine.targets, [(ReplicaId(1), Lsn(101)), (ReplicaId(3), Lsn(103))]);
     assert_eq!(quarantine.others, [(ReplicaId(2), Lsn(102)), (ReplicaId(4), Lsn(104))]);
+    let sources = [(2, 5), (3, 7), (4, 9)].map(|(shard, replica)| QuarantineSource {
+        shard: ShardId(shard),
+        replica: ReplicaId(replica),
+        sealed: SEAL,
+    });
+    assert_eq!(quarantine.sources, sources);
     assert_eq!(committed.node_of(ReplicaId(9)), five.node_of(ReplicaId(9)));
 
     let mut reports = done(&committed);

@@ -84,9 +84,11 @@ impl Grow {
         self.target.1.apply(entries, progress).await.unwrap()
     }
 
-    /// Returns the quarantine, in which the target covers everything from this LSN of its log on.
+    /// Returns the quarantine when the source seals now, in which the target covers everything from
+    /// this LSN of its log on.
     fn resized(&self, lsn: Lsn) -> Vec<Resized> {
-        vec![Resized { targets: vec![(self.target.1.id, lsn)], sources: vec![self.owner()] }]
+        let sources = vec![(self.owner(), Some(self.source.1.settled_lsn()))];
+        vec![Resized { targets: vec![(self.target.1.id, lsn)], sources }]
     }
 
     /// Makes a replica of the lost target's shard from the bucket alone, in its place or of a new
@@ -120,7 +122,7 @@ impl Grow {
             Log::Fork { .. } => bootstrap.merge_all(&replica, &chosen, AFTER, None).await,
         };
         let taken = match taken {
-            Ok(()) => bootstrap.take_from_sources(&replica, AFTER, log).await,
+            Ok(()) => bootstrap.take_from_sources(&replica, &chosen, AFTER, log).await,
             Err(error) => Err(error),
         };
         match taken {
@@ -205,4 +207,27 @@ async fn what_the_target_had_taken_is_not_taken_again() {
             Err(error) => assert!(gone && matches!(error, BuildError::Gap { .. }), "{error}"),
         }
     }
+}
+
+/// The source serves on. What it has shipped behind its seal is not taken, nor missed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_log_of_a_source_is_read_to_its_seal() {
+    let (grow, committed) = lost_behind_the_commit().await;
+    let rows = data_rows(&grow.target.1);
+    let resized = grow.resized(committed);
+    let hole = grow.owner().chunk(grow.source.1.settled_lsn().next());
+    for round in ["hole", "behind"] {
+        grow.written(round).await;
+    }
+    grow.bucket.delete(&hole).await.unwrap();
+    let (_rig, replica) = grow.built(Log::Replicate, resized).await.unwrap();
+    assert_eq!(data_rows(&replica), rows);
+    replica.stop().await;
+    // A resize that an older release has committed: the end is not known, and a hole is an error.
+    let mut unknown = grow.resized(committed);
+    unknown[0].sources[0].1 = None;
+    let Err(error) = grow.built(Log::Replicate, unknown).await else {
+        panic!("a hole is passed over")
+    };
+    assert!(matches!(error, BuildError::Gap { .. }), "{error}");
 }

@@ -115,7 +115,7 @@ fn every_band_of_a_compacted_replica_counts() {
     replica.engine().flush().unwrap();
     replica.engine().compact_all();
     let (rows, bands) = rows_by_band(&replica);
-    assert!(bands > 80, "{bands} bands");
+    assert!(bands > 60, "{bands} bands");
     assert!((rows / 5_000.0 - 1.0).abs() < 0.02, "{rows} rows");
     let bytes = replica.stored_by_band().unwrap().bands.iter().map(|size| size.bytes).sum::<u64>();
     let found = replica.size().1;
@@ -132,4 +132,19 @@ fn older_versions_are_found_where_they_are() {
     load_letters(&replica, 3_000..6_000);
     let (rows, _) = rows_by_band(&replica);
     assert!((rows / 6_000.0 - 1.0).abs() < 0.02, "{rows} rows");
+}
+
+/// Each of many places gives a row, however long it is.
+#[test]
+fn a_trial_takes_a_bounded_number_of_bytes() {
+    let rig = Rig::new();
+    let replica = rig.create();
+    let value = "v".repeat(100 << 10);
+    for first in (0..400).step_by(10) {
+        let rows = (first..first + 10).map(|i| put(&format!("k{i:06}"), &value));
+        write(&replica, rows.collect());
+    }
+    let rows = |bytes| replica.engine().sample(4_000, bytes, false, |_, _| true).unwrap().rows;
+    assert_eq!(rows(64 << 10).len(), 3, "256 KiB and the rest of a row");
+    assert!(rows(8 << 20).len() > 10, "there are more places");
 }
