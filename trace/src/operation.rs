@@ -285,7 +285,7 @@ mod tests {
         let kept = Kept::default();
         let provider = SdkTracerProvider::builder().with_simple_exporter(kept.clone()).build();
         global::set_tracer_provider(provider);
-        enable();
+        crate::enable();
         assert!(kept.take().is_empty());
         OperationTrace::silent().begin("of no operation").done();
         assert!(kept.take().is_empty());

@@ -321,14 +321,16 @@ impl Pacer for Uploads {
         if let Some(plan) = self.gate.maker_of(self.keyspace, self.replica) {
             return plan.pass(bytes).await;
         }
-        while bytes > 0 {
+        if bytes == 0 {
+            return false;
+        }
+        loop {
             let wait = take_from(&self.gate.shared.transfers, bytes);
             if wait.is_zero() {
-                break;
+                return false;
             }
             tokio::time::sleep(wait.min(LOOK_AGAIN)).await;
         }
-        false
     }
 
     async fn pass_without_yielding(&self, bytes: u64) {

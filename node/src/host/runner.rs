@@ -36,7 +36,7 @@ const LAST_CHUNK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs until the host is cancelled.
 pub(super) async fn run(shared: Arc<Shared>, mut catalogs: watch::Receiver<Arc<Catalog>>) {
-    let (replica, first) = match shared.open(&mut catalogs).await {
+    let (replica, first) = match Box::pin(shared.open(&mut catalogs)).await {
         Ok(Some(opened)) => opened,
         Ok(None) => return,
         Err(reason) => return stay_closed(&shared, reason).await,
