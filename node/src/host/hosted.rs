@@ -109,6 +109,8 @@ impl Hosted {
             match self.shared.cancel.run_until_cancelled(request()).await {
                 None => return false,
                 Some(Ok(_)) => return true,
+                // The node stops, and ends this too: nothing has failed.
+                Some(Err(ShipError::Stopped)) => {}
                 Some(Err(error)) => tracing::warn!(%error, "{failed}"),
             }
             self.shared.pause(pause).await;
