@@ -55,6 +55,7 @@ check: ## formatting, lints, and the licences and sources of dependencies
 	@scripts/take-turn.sh
 	cargo fmt --all --check
 	cargo clippy $(selection) --all-targets -- -D warnings
+	cargo fetch --locked --quiet
 	cargo deny --locked --offline check --hide-inclusion-graph bans licenses sources
 
 hooks: ## have git check formatting and lints before each commit (git config core.hooksPath scripts/hooks)
