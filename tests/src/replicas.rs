@@ -1,4 +1,4 @@
-//! Reads every replica directly, bypassing the routing of the client.
+//! Reads and writes a replica directly, bypassing the routing of the client.
 //!
 //! **Invariant:** two replicas are the same when each key has the same version on both: the hash of
 //! the stored entry with its event time, kind and bytes.
@@ -57,6 +57,20 @@ impl Direct {
     pub async fn ask(&mut self, op: Op) -> Result<Reply> {
         let request = v1::Request { op: Some(op), ..self.request.clone() };
         self.client.execute(request).await?.into_inner().result.context("an empty reply")
+    }
+
+    /// Sends one write of a value under a key and returns the reply.
+    ///
+    /// # Errors
+    /// When the node is gone.
+    pub async fn put(&mut self, key: &str, value: &'static str) -> Result<Reply> {
+        let put = v1::Put { value: value.into(), ..v1::Put::default() };
+        let op = v1::WriteOp {
+            key: Some(v1::KeyRef { key: key.to_owned().into(), partition_hash: None }),
+            event_time: None,
+            op: Some(v1::write_op::Op::Put(put)),
+        };
+        self.ask(Op::Write(v1::WriteRequest { ops: vec![op], ..v1::WriteRequest::default() })).await
     }
 
     /// Sends a write that arrives `late` after it was sent, over a stream as clients use it.

@@ -13,8 +13,6 @@ use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::ShardId;
 use vasto_core::plan::Step;
 use vasto_proto::v1::reply::Result as Reply;
-use vasto_proto::v1::request::Op;
-use vasto_proto::v1::{KeyRef, Put, WriteOp, WriteRequest, write_op};
 use vasto_testkit::http_store::HttpStore;
 use vasto_tests::replicas::{Direct, converged};
 use vasto_tests::{
@@ -110,16 +108,6 @@ async fn a_bucket_of_300_ms_a_request_grows_and_shrinks() -> Result<()> {
     cluster.finish().await
 }
 
-fn put(key: &str) -> Op {
-    let put = Put { value: "at the old owner".into(), ..Put::default() };
-    let op = WriteOp {
-        key: Some(KeyRef { key: key.to_owned().into(), partition_hash: None }),
-        event_time: None,
-        op: Some(write_op::Op::Put(put)),
-    };
-    Op::Write(WriteRequest { ops: vec![op], ..WriteRequest::default() })
-}
-
 /// The client is stopped while its writes wait for the outcome of a seal, or just before or after
 /// that, and goes on with the topology of before.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -146,11 +134,11 @@ async fn a_client_that_was_stopped_across_a_cutover_writes_nothing_to_the_old_ow
     let names = || (0u64..).map(|n| format!("d:{n}"));
     let moved = names().find(is_moved).context("no key")?;
     let stays = names().find(|key| !is_moved(key)).context("no key")?;
-    let refused = direct.ask(put(&moved)).await?;
+    let refused = direct.put(&moved, "at the old owner").await?;
     let is_wrong =
         matches!(&refused, Reply::Error(error) if error.code == ErrorCode::WrongEpoch as u32);
     ensure!(is_wrong, "the old owner took a write of {moved}: {refused:?}");
-    let taken = direct.ask(put(&stays)).await?;
+    let taken = direct.put(&stays, "at the old owner").await?;
     ensure!(matches!(taken, Reply::Write(_)), "{taken:?}");
     client.signal(Signal::CONT);
     let goes_on = async || (acked() >= at_the_stop + 200).then_some(());

@@ -10,8 +10,6 @@ use vasto_core::catalog::Placed;
 use vasto_core::hash::{jump, partition_hash};
 use vasto_core::ids::ShardId;
 use vasto_proto::v1::reply::Result as Reply;
-use vasto_proto::v1::request::Op;
-use vasto_proto::v1::{KeyRef, Put, WriteOp, WriteRequest, write_op};
 use vasto_tests::netns::{SilentPort, available};
 use vasto_tests::replicas::{Direct, converged_by};
 use vasto_tests::{Cluster, DEADLINE, Hosts, Port, Process, put_all, setting, tool, until};
@@ -90,16 +88,6 @@ async fn both_sides_of_a_partition_are_written_and_converge_byte_for_byte() -> R
     hosts.end().await
 }
 
-fn put(key: &str) -> Op {
-    let put = Put { value: "by choice".into(), ..Put::default() };
-    let op = WriteOp {
-        key: Some(KeyRef { key: key.to_owned().into(), partition_hash: None }),
-        event_time: None,
-        op: Some(write_op::Op::Put(put)),
-    };
-    Op::Write(WriteRequest { ops: vec![op], ..WriteRequest::default() })
-}
-
 /// The source of a grow and its follower are cut from each other, and clients that chose the follower
 /// are served there: nobody commits before the source holds what the follower took.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -120,7 +108,7 @@ async fn a_grow_does_not_commit_while_the_source_lacks_what_its_follower_took() 
     let moves = |name: &String| jump(partition_hash(name.as_bytes()), 2).shard == ShardId(1);
     let names: Vec<String> = (0..).map(|n| format!("chosen{n}")).filter(moves).take(50).collect();
     for name in &names {
-        let taken = chosen.ask(put(name)).await?;
+        let taken = chosen.put(name, "by choice").await?;
         ensure!(matches!(taken, Reply::Write(_)), "the follower answers {taken:?}");
     }
     let grow = ["keyspace", "resize", "cut", "--shards", "2"];
