@@ -103,6 +103,8 @@ pub struct Cluster {
     network: Option<Arc<Network>>,
     /// The directory outlives a cluster that was not finished.
     keep: bool,
+    /// Where the logs of a cluster that was not finished go, instead of their last lines to stderr.
+    logs_into: Option<PathBuf>,
     finished: bool,
     // Last field: removed after the processes have ended.
     dir: TempDir,
@@ -486,15 +488,31 @@ impl Cluster {
     }
 }
 
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        if self.finished {
+impl Cluster {
+    /// Tells what the servers of a cluster that was not finished have logged.
+    fn tell_logs(&self) {
+        if let Some(into) = &self.logs_into {
+            match logs::gather(&self.logs, into) {
+                Ok(()) => eprintln!("the logs of the servers are in {}", into.display()),
+                Err(error) => {
+                    eprintln!("the logs of the servers are lost: {}: {error}", into.display());
+                }
+            }
             return;
         }
         eprintln!("the cluster was dropped before its end; the last lines of its logs:");
         for log in &self.logs {
             eprintln!("--- {}\n{}", log.display(), tail(log, 25));
         }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        self.tell_logs();
         if self.keep || std::env::var_os("VASTO_TEST_KEEP").is_some() {
             self.dir.disable_cleanup(true);
             eprintln!("kept: {}", self.dir.path().display());

@@ -1,6 +1,25 @@
 //! The logs of processes under test: an unexpected warning is a failure.
 
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
 use serde_json::Value;
+
+/// Appends these logs to one file, each behind a line with its path.
+///
+/// # Errors
+/// When the file cannot be written; a log that cannot be read is passed over.
+pub(crate) fn gather(logs: &[PathBuf], into: &Path) -> io::Result<()> {
+    let mut all = OpenOptions::new().create(true).append(true).open(into)?;
+    for log in logs {
+        io::Write::write_all(&mut all, format!("--- {}\n", log.display()).as_bytes())?;
+        if let Ok(mut text) = File::open(log) {
+            io::copy(&mut text, &mut all)?;
+        }
+    }
+    Ok(())
+}
 
 /// Returns the lines of a JSON log that are warnings, errors or not JSON at all (a panic), unless
 /// they contain one of the allowed texts.
@@ -19,6 +38,19 @@ pub(crate) fn unexpected(log: &str, allowed: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_logs_of_all_clusters_are_gathered_in_one_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, none) = (dir.path().join("one.log"), dir.path().join("none.log"));
+        std::fs::write(&log, "a line\n").unwrap();
+        let all = dir.path().join("all");
+        gather(&[log.clone(), none], &all).unwrap();
+        gather(&[log], &all).unwrap();
+        let text = std::fs::read_to_string(&all).unwrap();
+        assert_eq!(text.matches("a line").count(), 2, "{text}");
+        assert_eq!(text.matches("--- ").count(), 3, "{text}");
+    }
 
     #[test]
     fn warnings_and_panics_are_unexpected_unless_allowed() {

@@ -34,6 +34,7 @@ pub struct ClusterBuilder {
     network: Option<Arc<Network>>,
     failpoints: bool,
     keep: bool,
+    logs_into: Option<PathBuf>,
 }
 
 impl Default for ClusterBuilder {
@@ -53,6 +54,7 @@ impl Default for ClusterBuilder {
             network: None,
             failpoints: false,
             keep: false,
+            logs_into: None,
         }
     }
 }
@@ -146,6 +148,13 @@ impl ClusterBuilder {
         self
     }
 
+    /// Appends the logs of a cluster that was not finished to a file, instead of their last lines to
+    /// stderr.
+    pub fn logs_into(mut self, file: &Path) -> Self {
+        self.logs_into = Some(file.to_owned());
+        self
+    }
+
     /// Creates the temporary directory inside `dir`.
     pub fn inside(mut self, dir: &Path) -> Self {
         self.dir = Some(dir.to_owned());
@@ -186,6 +195,7 @@ impl ClusterBuilder {
             nodes: Vec::new(),
             network: self.network,
             keep: self.keep,
+            logs_into: self.logs_into,
             finished: false,
             dir,
         };
