@@ -1,4 +1,5 @@
-//! Writers that overwrite moving keys alone, as fast as they can, and what they were promised.
+//! Writers that overwrite moving keys alone, as fast as they can or at a rate, and what they were
+//! promised.
 //!
 //! **Invariant:** a key has one writer, which writes all of its keys in one batch and begins a round
 //! when the one before was answered: a key that holds an older round than the last acknowledged one
@@ -12,6 +13,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
+use tokio::time::{Interval, MissedTickBehavior, interval_at};
 use vasto_client::{Batch, Key, Keyspace};
 use vasto_core::hash::{jump, partition_hash};
 use vasto_testkit::{DEADLINE, until};
@@ -22,12 +24,40 @@ pub const SHARDS: (u32, u32) = (2, 4);
 const WRITERS: u64 = 48;
 /// Keys in a batch.
 const BATCH: usize = 200;
-/// Bytes of a value.
-const VALUE_BYTES: usize = 100;
 /// Pause of a writer after an error.
 const AFTER_ERROR: Duration = Duration::from_millis(20);
 /// Errors whose text is kept.
 const ERRORS_KEPT: usize = 5;
+
+/// How much is written.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct FullLoad {
+    /// Bytes of a value, at least 20.
+    pub value_bytes: usize,
+    /// Keys that all writers together write in a second, at most; `None`: as many as they can. What
+    /// was not written in its time is not made up for.
+    pub writes_per_s: Option<f64>,
+}
+
+impl Default for FullLoad {
+    /// Values of 100 bytes, as fast as they go.
+    fn default() -> Self {
+        Self { value_bytes: 100, writes_per_s: None }
+    }
+}
+
+impl FullLoad {
+    /// Returns the times at which a writer begins its batches, spread among the writers; `None` when
+    /// each begins as soon as the one before was answered.
+    fn beats(&self, writer: u64) -> Option<Interval> {
+        let per_s = self.writes_per_s.filter(|per_s| *per_s > 0.0)?;
+        let period = Duration::from_secs_f64(WRITERS as f64 * BATCH as f64 / per_s);
+        let first = tokio::time::Instant::now() + period.mul_f64(writer as f64 / WRITERS as f64);
+        let mut beats = interval_at(first, period);
+        beats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Some(beats)
+    }
+}
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -51,6 +81,7 @@ impl Shared {
 /// The running writers.
 #[derive(Debug)]
 pub struct FullWrites {
+    load: FullLoad,
     shared: Arc<Shared>,
     writers: JoinSet<Rounds>,
 }
@@ -68,6 +99,7 @@ struct Rounds {
 /// What the writers were promised, once they have stopped.
 #[derive(Debug)]
 pub struct FullWritten {
+    load: FullLoad,
     rounds: Vec<Rounds>,
     /// Batches that were answered with an error.
     pub failed: u64,
@@ -99,16 +131,20 @@ fn keys_of(writer: u64) -> Vec<String> {
     keys.filter(|key| moves(key)).take(BATCH).collect()
 }
 
-fn value_of(round: u64) -> String {
-    format!("{round:0VALUE_BYTES$}")
+fn value_of(round: u64, bytes: usize) -> String {
+    format!("{round:0bytes$}")
 }
 
-async fn write(writer: u64, keyspace: Keyspace, shared: Arc<Shared>) -> Rounds {
+async fn write(writer: u64, keyspace: Keyspace, load: FullLoad, shared: Arc<Shared>) -> Rounds {
+    let mut beats = load.beats(writer);
     let keys: Vec<Key> = keys_of(writer).into_iter().map(Key::new).collect();
     let mut rounds = Rounds { writer, acked: 0, tried: 0 };
     while !shared.stop.load(Ordering::Relaxed) {
+        if let Some(beats) = &mut beats {
+            beats.tick().await;
+        }
         rounds.tried += 1;
-        let value = Bytes::from(value_of(rounds.tried));
+        let value = Bytes::from(value_of(rounds.tried, load.value_bytes));
         let batch = keys.iter().fold(Batch::new(), |batch, key| batch.put(key.clone(), &value));
         let began = Instant::now();
         match keyspace.write(batch).await {
@@ -129,14 +165,19 @@ async fn write(writer: u64, keyspace: Keyspace, shared: Arc<Shared>) -> Rounds {
 }
 
 impl FullWrites {
-    /// Starts the writers.
+    /// Starts the writers, as fast as they go.
     pub fn start(keyspace: &Keyspace) -> Self {
+        Self::with(keyspace, FullLoad::default())
+    }
+
+    /// Starts the writers of a load.
+    pub fn with(keyspace: &Keyspace, load: FullLoad) -> Self {
         let shared = Arc::new(Shared::default());
         let mut writers = JoinSet::new();
         for writer in 0..WRITERS {
-            writers.spawn(write(writer, keyspace.clone(), Arc::clone(&shared)));
+            writers.spawn(write(writer, keyspace.clone(), load, Arc::clone(&shared)));
         }
-        Self { shared, writers }
+        Self { load, shared, writers }
     }
 
     /// Returns the number of keys that were written so far.
@@ -170,7 +211,8 @@ impl FullWrites {
         self.shared.stop.store(true, Ordering::Relaxed);
         let rounds = self.writers.join_all().await;
         let errors = std::mem::take(&mut *self.shared.errors.lock());
-        FullWritten { rounds, failed: self.shared.failed.load(Ordering::Relaxed), errors }
+        let failed = self.shared.failed.load(Ordering::Relaxed);
+        FullWritten { load: self.load, rounds, failed, errors }
     }
 }
 
@@ -191,7 +233,7 @@ impl FullWritten {
             for (key, value) in keys.iter().zip(keyspace.get_many(&keys).await?) {
                 losses.keys += 1;
                 let bytes = value.map(|value| value.bytes());
-                let verdict = verdict_of(rounds, bytes.as_deref());
+                let verdict = verdict_of(rounds, self.load.value_bytes, bytes.as_deref());
                 losses.lost += u64::from(verdict == Verdict::Lost);
                 losses.strange += u64::from(verdict == Verdict::Strange);
                 if verdict != Verdict::Kept && losses.first.is_none() {
@@ -210,13 +252,13 @@ enum Verdict {
     Strange,
 }
 
-/// Compares what a key holds with what its writer was promised. A round that was not acknowledged
-/// may have been written.
-fn verdict_of(rounds: &Rounds, value: Option<&[u8]>) -> Verdict {
+/// Compares what a key holds with what its writer was promised, in values of so many bytes. A round
+/// that was not acknowledged may have been written.
+fn verdict_of(rounds: &Rounds, bytes: usize, value: Option<&[u8]>) -> Verdict {
     let Some(value) = value else {
         return if rounds.acked == 0 { Verdict::Kept } else { Verdict::Lost };
     };
-    let text = std::str::from_utf8(value).ok().filter(|text| text.len() == VALUE_BYTES);
+    let text = std::str::from_utf8(value).ok().filter(|text| text.len() == bytes);
     match text.and_then(|text| text.parse::<u64>().ok()) {
         Some(round) if round == 0 || round > rounds.tried => Verdict::Strange,
         Some(round) if round < rounds.acked => Verdict::Lost,
@@ -232,16 +274,26 @@ mod tests {
     #[test]
     fn an_older_round_than_the_acknowledged_one_is_a_loss() {
         let rounds = Rounds { writer: 0, acked: 7, tried: 9 };
-        let of = |round: u64| verdict_of(&rounds, Some(value_of(round).as_bytes()));
+        let of = |round: u64| verdict_of(&rounds, 20, Some(value_of(round, 20).as_bytes()));
         assert_eq!(
             [of(6), of(7), of(9), of(10)].map(|verdict| verdict == Verdict::Kept),
             [false, true, true, false]
         );
         assert_eq!((of(6), of(10)), (Verdict::Lost, Verdict::Strange));
-        assert_eq!(verdict_of(&rounds, None), Verdict::Lost);
-        assert_eq!(verdict_of(&rounds, Some(b"else")), Verdict::Strange);
+        assert_eq!(verdict_of(&rounds, 20, None), Verdict::Lost);
+        assert_eq!(verdict_of(&rounds, 20, Some(b"else")), Verdict::Strange);
+        let long = value_of(9, 30);
+        assert_eq!(verdict_of(&rounds, 20, Some(long.as_bytes())), Verdict::Strange);
         let none = Rounds { writer: 0, acked: 0, tried: 1 };
-        assert_eq!(verdict_of(&none, None), Verdict::Kept);
+        assert_eq!(verdict_of(&none, 20, None), Verdict::Kept);
+    }
+
+    #[tokio::test]
+    async fn all_writers_together_write_at_the_rate_that_was_asked_for() {
+        let at = |writes_per_s| FullLoad { writes_per_s, ..FullLoad::default() }.beats(3);
+        let period = at(Some(96_000.0)).map(|beats| beats.period());
+        assert_eq!(period, Some(Duration::from_millis(100)));
+        assert!(at(None).is_none() && at(Some(0.0)).is_none());
     }
 
     #[test]

@@ -47,7 +47,9 @@ pub use counters::{Compared, Counters, Increments};
 pub use crowd::{Crowd, Traffic};
 pub use figures::{median, percentile};
 pub use front::Front;
-pub use full_writes::{FullLosses, FullWrites, FullWritten, SHARDS as FULL_WRITES_SHARDS};
+pub use full_writes::{
+    FullLoad, FullLosses, FullWrites, FullWritten, SHARDS as FULL_WRITES_SHARDS,
+};
 pub use history::{History, KeyHistory, Seen, is_delete, key_of, number_of, value_of};
 pub use hosts::Hosts;
 pub use kept::{Ended, Kept};
