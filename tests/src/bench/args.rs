@@ -5,23 +5,26 @@ use std::time::Duration;
 
 use clap::Parser;
 
+use super::limit::Limit;
+
 /// What structural changes cost: bytes, speed, latency of clients, and pauses of writers.
 ///
 /// Starts clusters of separate processes in temporary directories, prints a Markdown table for each
-/// part and writes all figures to one JSON file. Takes minutes to an hour and gigabytes of disk. What
-/// was measured is kept when it is stopped with ctrl-c; no process and no file stays behind.
+/// part and writes all figures to one JSON file. Takes up to an hour and gigabytes of disk; each part
+/// ends by itself. What was measured is kept when its time is over or it is stopped with ctrl-c; no
+/// process stays behind, and no file but the logs of the servers after a failure.
 #[derive(Debug, Clone, Parser)]
 #[command(
     name = "vasto-bench-changes",
     max_term_width = 100,
     after_help = "Without a part, all of them are measured, one after the other.\n\n\
-        Exit codes: 0 measured, whether the goals held or not; 1 a change failed to end, something was\n\
-        lost, or it was stopped; 2 not used as intended.\n\n\
+        Exit codes: 0 all goals were reached; 1 one was missed, a part did not end in its time, or\n\
+        something was lost, and the last lines name it; 2 not used as intended.\n\n\
         Examples:\n  \
         vasto-bench-changes\n  \
         vasto-bench-changes --bytes --gib 0.25\n  \
         vasto-bench-changes --latency --seconds 30 --s3\n  \
-        vasto-bench-changes --cutover --changes 5 --out cutover.json"
+        vasto-bench-changes --cutover --changes 5 --writes-per-s 0 --out cutover.json"
 )]
 pub struct Args {
     /// Bytes that a resize reads from the bucket for each byte that moves
@@ -36,14 +39,21 @@ pub struct Args {
     /// Pauses, errors and losses of writers that write to the moving keys alone, at full speed
     #[arg(long, help_heading = "Parts")]
     pub cutover: bool,
-    /// Rows of the keyspace that changes, incompressible
+    /// Rows of the keyspace that changes, incompressible; `--speed` takes at most 1 of it, and
+    /// `--latency`, which needs two such clusters, half of one
     #[arg(long, value_name = "GIB", default_value_t = 2.0, value_parser = parse_gib)]
     pub gib: f64,
+    /// Minutes that a part has [default: 10, and 25 for `--cutover`]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_440))]
+    pub minutes: Option<u64>,
     /// Grows of `--cutover`, and as many shrinks
     #[arg(long, value_name = "N", default_value_t = 100,
         value_parser = clap::value_parser!(u32).range(1..))]
     pub changes: u32,
-    /// Repetitions of `--speed`
+    /// Keys that `--cutover` writes in a second, at most; 0: as many as the machine gives
+    #[arg(long, value_name = "N", default_value_t = 120_000)]
+    pub writes_per_s: u32,
+    /// Repetitions of `--speed`, as far as its time reaches
     #[arg(long, value_name = "N", default_value_t = 3,
         value_parser = clap::value_parser!(u32).range(1..))]
     pub repeats: u32,
@@ -74,6 +84,16 @@ impl Args {
     pub(super) fn calm(&self) -> Duration {
         Duration::from_secs(self.seconds)
     }
+
+    /// Begins a part that has so many minutes unless it was given others.
+    pub(super) fn limit(&self, minutes: u64) -> Limit {
+        Limit::of_minutes(self.minutes.unwrap_or(minutes))
+    }
+
+    /// Returns the file for the logs of the servers of a part that failed.
+    pub(super) fn logs(&self) -> PathBuf {
+        self.out.with_extension("logs")
+    }
 }
 
 fn parse_gib(text: &str) -> Result<f64, String> {
@@ -100,12 +120,20 @@ mod tests {
         assert_eq!((all.gib, all.changes, all.seed), (2.0, 100, 1));
         let one = of(&["--cutover", "--changes", "5", "--gib", "0.5"]).unwrap();
         assert!(one.measures(one.cutover) && !one.measures(one.bytes));
-        assert_eq!((one.changes, one.gib), (5, 0.5));
+        assert_eq!((one.changes, one.gib, one.writes_per_s), (5, 0.5, 120_000));
+        assert!(one.limit(10).left() > of(&["--minutes", "9"]).unwrap().limit(10).left());
+        assert_eq!(one.logs(), PathBuf::from("bench-changes.logs"));
     }
 
     #[test]
     fn what_cannot_be_measured_is_refused() {
-        for args in [["--gib", "0"], ["--gib", "nan"], ["--changes", "0"], ["--seconds", "1"]] {
+        for args in [
+            ["--gib", "0"],
+            ["--gib", "nan"],
+            ["--changes", "0"],
+            ["--seconds", "1"],
+            ["--minutes", "0"],
+        ] {
             assert!(of(&args).is_err(), "{args:?}");
         }
         assert!(of(&["bytes"]).is_err());

@@ -2,24 +2,34 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde::Serialize;
-use vasto_client::{Ack, Keyspace};
+use vasto_client::Ack;
 use vasto_testkit::S3Server;
 
 use super::args::Args;
 use super::cpu::CpuUsed;
 use super::follow::{Ended, StepTime, steps_text};
+use super::limit::Limit;
 use super::stage::{Garbage, Stage};
 use super::table::{Goal, Table, note};
+use super::{Part, early};
 use crate::figures::{median, percentile};
-use crate::full_writes::{FullLosses, FullWrites, SHARDS};
+use crate::full_writes::{FullLoad, FullLosses, FullWrites, SHARDS};
 
 const NAME: &str = "full";
+/// Minutes that the part has.
+const MINUTES: u64 = 25;
+/// Bytes of a value: what is measured is the cutover, not how much log two cores can read and write.
+const VALUE_BYTES: usize = 20;
 /// Keys that are written between two changes.
 const BETWEEN: u64 = 20_000;
 /// Writers that stand still for so long are stuck.
 const WRITES_GO_ON: Duration = Duration::from_secs(60);
+/// A change that takes so long has failed.
+const CHANGE_WITHIN: Duration = Duration::from_secs(120);
+/// Time that is kept for what comes behind the last change: all keys are read.
+const FOR_THE_END: Duration = Duration::from_secs(40);
 
 /// The part of the run.
 #[derive(Debug, Serialize)]
@@ -33,8 +43,14 @@ pub(super) struct Cutover {
     keys: u64,
     writes_lost: u64,
     strange_keys: u64,
+    /// Both of these; not a number when nobody has looked at the keys.
+    #[serde(skip)]
+    wrong: f64,
     cpu: CpuUsed,
     goals: Goals,
+    /// Why it ended before all changes were done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stopped: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -76,6 +92,7 @@ struct Summary {
 
 #[derive(Debug, Serialize)]
 struct Goals {
+    changes: Goal,
     failed_changes: Goal,
     writes_per_s: Goal,
     pause_p50_ms: Goal,
@@ -84,40 +101,62 @@ struct Goals {
     writes_lost: Goal,
 }
 
-pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Result<Cutover> {
+/// What a run has measured, also when it ends early.
+#[derive(Default)]
+struct Seen {
+    changes: Vec<Change>,
+    cpu: CpuUsed,
+    errors: (u64, Vec<String>),
+    losses: FullLosses,
+}
+
+/// Measures until all changes are done, one does not end, or the time is over.
+pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Cutover {
+    let (limit, mut seen) = (args.limit(MINUTES), Seen::default());
+    let ended = limit.run(Box::pin(run(args, s3, limit, &mut seen))).await;
+    let stopped = ended.err().map(|error| format!("{error:#}"));
+    of(seen, args.changes as usize * 2, stopped)
+}
+
+async fn run(args: &Args, s3: Option<&S3Server>, limit: Limit, seen: &mut Seen) -> Result<()> {
     let mut stage = Stage::start(args, s3, "cutover", 2, Garbage::Goes).await?;
     let keyspace = stage.create(NAME, SHARDS.0, 1, Ack::Os).await?;
-    let full = FullWrites::start(&keyspace);
-    let mut changes = Vec::new();
-    let mut cpu = CpuUsed::default();
+    let writes_per_s = (args.writes_per_s > 0).then(|| f64::from(args.writes_per_s));
+    let full = FullWrites::with(&keyspace, FullLoad { value_bytes: VALUE_BYTES, writes_per_s });
     let mut shards = SHARDS.0;
     for number in 0..args.changes * 2 {
+        if limit.left() < FOR_THE_END {
+            break;
+        }
         let to = if shards == SHARDS.0 { SHARDS.1 } else { SHARDS.0 };
         go_on(&full, BETWEEN).await?;
         let before = stage.cpu()?;
         let change = change(&stage, &full, to).await;
-        cpu.add(&before.until(&stage.cpu()?));
+        seen.cpu.add(&before.until(&stage.cpu()?));
+        seen.errors.0 = full.failed();
         if change.failed.is_none() {
             shards = to;
         }
         note(&change.line(number + 1, args.changes * 2));
-        changes.push(change);
+        seen.changes.push(change);
+        // After a change that has failed, this finds out whether another one can begin.
         stage.settled(NAME).await?;
         if number % 2 == 1 {
             // The chunks of a long run would fill the disk.
-            stage.collect().await?;
+            stage.collect().await;
         }
     }
     let written = full.stop().await;
-    let losses = written.losses(&keyspace).await?;
-    let cutover = of(changes, cpu, (written.failed, written.errors), losses);
-    finish(stage, keyspace).await?;
-    Ok(cutover)
-}
-
-async fn finish(stage: Stage, keyspace: Keyspace) -> Result<()> {
+    seen.losses = written.losses(&keyspace).await?;
+    seen.errors = (written.failed, written.errors);
     drop(keyspace);
-    stage.finish().await
+    stage.finish().await?;
+    let done = seen.changes.len();
+    ensure!(
+        done == args.changes as usize * 2,
+        "its time was over after {done} changes (`--minutes` gives it more)"
+    );
+    Ok(())
 }
 
 /// Waits until so many more keys were written.
@@ -138,7 +177,10 @@ async fn go_on(full: &FullWrites, keys: u64) -> Result<()> {
 async fn change(stage: &Stage, full: &FullWrites, to: u32) -> Change {
     full.take_longest();
     let (before, began) = (full.acked(), Instant::now());
-    let ended = stage.resize(NAME, to).await.with_context(|| format!("to {to} shards"));
+    let ended = match tokio::time::timeout(CHANGE_WITHIN, stage.resize(NAME, to)).await {
+        Ok(ended) => ended.with_context(|| format!("to {to} shards")),
+        Err(_) => Err(anyhow!("it did not end within {CHANGE_WITHIN:?}")),
+    };
     let seconds = began.elapsed().as_secs_f64();
     let writes = full.acked() - before;
     let (failed, pause, retries, steps) = match ended {
@@ -185,21 +227,27 @@ fn summary<'a>(changes: impl Iterator<Item = &'a Change>) -> Summary {
     }
 }
 
-fn of(
-    changes: Vec<Change>,
-    cpu: CpuUsed,
-    (batch_errors, first_errors): (u64, Vec<String>),
-    losses: FullLosses,
-) -> Cutover {
+/// Returns the keys that do not hold what was written.
+fn wrong_of(losses: &FullLosses) -> f64 {
+    match losses.keys {
+        // Nobody has looked at the keys of a run that was broken off.
+        0 => f64::NAN,
+        _ => (losses.lost + losses.strange) as f64,
+    }
+}
+
+/// Sums up what was seen, of so many changes that were asked for.
+fn of(seen: Seen, wanted: usize, stopped: Option<String>) -> Cutover {
+    let Seen { changes, cpu, errors: (batch_errors, first_errors), losses } = seen;
     let all = summary(changes.iter());
-    let wrong = losses.lost + losses.strange;
     let goals = Goals {
+        changes: Goal::at_least(wanted as f64, all.changes as f64),
         failed_changes: Goal::at_most(0.0, all.failed as f64),
         writes_per_s: Goal::at_least(100_000.0, all.writes_per_s),
         pause_p50_ms: Goal::at_most(50.0, all.pause.p50_ms),
         pause_p99_ms: Goal::at_most(500.0, all.pause.p99_ms),
         client_errors: Goal::at_most(0.0, batch_errors as f64),
-        writes_lost: Goal::at_most(0.0, wrong as f64),
+        writes_lost: Goal::at_most(0.0, wrong_of(&losses)),
     };
     Cutover {
         grows: summary(changes.iter().filter(|one| one.to == SHARDS.1)),
@@ -211,8 +259,10 @@ fn of(
         keys: losses.keys,
         writes_lost: losses.lost,
         strange_keys: losses.strange,
+        wrong: wrong_of(&losses),
         cpu,
         goals,
+        stopped,
     }
 }
 
@@ -233,16 +283,38 @@ impl Change {
 }
 
 impl Cutover {
-    /// Returns what makes the run fail: what must never happen.
-    pub(super) fn fault(&self) -> Option<String> {
-        let failed = self.all.failed;
-        let wrong = self.writes_lost + self.strange_keys;
-        (failed > 0 || wrong > 0)
-            .then(|| format!("{failed} changes failed, {wrong} keys do not hold what was written"))
+    /// Returns what was found for each goal.
+    fn found(&self) -> [(&'static str, f64, Goal); 7] {
+        let Goals {
+            changes,
+            failed_changes,
+            writes_per_s,
+            pause_p50_ms,
+            pause_p99_ms,
+            client_errors,
+            writes_lost,
+        } = self.goals;
+        let all = &self.all;
+        [
+            ("changes", all.changes as f64, changes),
+            ("failed changes", all.failed as f64, failed_changes),
+            ("writes/s to moving keys", all.writes_per_s, writes_per_s),
+            ("pause p50, ms", all.pause.p50_ms, pause_p50_ms),
+            ("pause p99, ms", all.pause.p99_ms, pause_p99_ms),
+            ("batches that clients saw fail", self.batch_errors as f64, client_errors),
+            ("keys without their last acknowledged write", self.wrong, writes_lost),
+        ]
+    }
+}
+
+impl Part for Cutover {
+    fn missed(&self) -> Vec<String> {
+        let missed =
+            self.found().into_iter().filter_map(|(what, found, goal)| goal.missed(what, found));
+        early(self.stopped.as_deref()).into_iter().chain(missed).collect()
     }
 
-    /// Formats the tables of the part.
-    pub(super) fn text(&self) -> String {
+    fn text(&self) -> String {
         let mut table = Table::new(&[
             "changes",
             "count",
@@ -270,24 +342,8 @@ impl Cutover {
             ]);
         }
         let mut goals = Table::new(&["what", "found", "goal"]);
-        let Goals {
-            failed_changes,
-            writes_per_s,
-            pause_p50_ms,
-            pause_p99_ms,
-            client_errors,
-            writes_lost,
-        } = self.goals;
-        let (all, wrong) = (&self.all, self.writes_lost + self.strange_keys);
-        for (what, found, goal) in [
-            ("failed changes", all.failed.to_string(), failed_changes),
-            ("writes/s to moving keys", format!("{:.0}", all.writes_per_s), writes_per_s),
-            ("pause p50, ms", format!("{:.1}", all.pause.p50_ms), pause_p50_ms),
-            ("pause p99, ms", format!("{:.1}", all.pause.p99_ms), pause_p99_ms),
-            ("batches that clients saw fail", self.batch_errors.to_string(), client_errors),
-            ("keys without their last acknowledged write", wrong.to_string(), writes_lost),
-        ] {
-            goals.row([what.to_owned(), found, goal.text()]);
+        for (what, found, goal) in self.found() {
+            goals.row([what.to_owned(), format!("{found:.1}"), goal.text()]);
         }
         format!(
             "## Cutover under full writes to the moving keys\n\n{}\n{}\nCPU, generator/cluster/others: {}\n",
@@ -316,6 +372,14 @@ mod tests {
         }
     }
 
+    fn seen(changes: Vec<Change>, errors: u64, losses: FullLosses) -> Seen {
+        Seen { changes, errors: (errors, Vec::new()), losses, ..Seen::default() }
+    }
+
+    fn kept() -> FullLosses {
+        FullLosses { keys: 9, ..FullLosses::default() }
+    }
+
     #[test]
     fn a_failed_change_counts_as_failed_and_not_as_a_short_pause() {
         let changes = vec![
@@ -323,20 +387,26 @@ mod tests {
             change(SHARDS.0, 0.0, true),
             change(SHARDS.0, 30.0, false),
         ];
-        let found = of(changes, CpuUsed::default(), (0, Vec::new()), FullLosses::default());
+        let found = of(seen(changes, 0, kept()), 3, None);
         assert_eq!((found.all.changes, found.all.failed), (3, 1));
         assert_eq!((found.all.pause.p50_ms, found.all.pause.max_ms), (10.0, 90.0));
         assert_eq!(found.all.writes_per_s, 150_000.0);
-        assert!(!found.goals.failed_changes.held && found.goals.pause_p50_ms.held);
-        assert!(found.fault().is_some() && found.text().contains("| all | 3 | 1 |"));
+        assert!(found.goals.changes.held && found.goals.pause_p50_ms.held);
+        assert_eq!(found.missed(), ["failed changes: 1.000, the goal is <= 0"]);
+        assert!(found.text().contains("| all | 3 | 1 |"));
     }
 
     #[test]
-    fn a_lost_write_makes_the_run_fail() {
-        let lost = FullLosses { keys: 9, lost: 1, ..FullLosses::default() };
-        let found = of(Vec::new(), CpuUsed::default(), (0, Vec::new()), lost);
-        assert!(found.fault().is_some() && !found.goals.writes_lost.held);
-        let fine = of(Vec::new(), CpuUsed::default(), (1, Vec::new()), FullLosses::default());
-        assert!(fine.fault().is_none() && !fine.goals.client_errors.held);
+    fn a_lost_write_an_error_and_an_early_end_are_named() {
+        let fine = || vec![change(SHARDS.1, 10.0, false)];
+        let missed = of(seen(fine(), 0, FullLosses { lost: 1, ..kept() }), 1, None).missed();
+        assert!(missed.len() == 1 && missed[0].contains("last acknowledged"), "{missed:?}");
+        let missed = of(seen(fine(), 2, kept()), 1, None).missed();
+        assert!(missed.len() == 1 && missed[0].contains("clients saw fail"), "{missed:?}");
+        // Keys that nobody has looked at are not known to be kept.
+        let stopped = Some("the writers stand still".to_owned());
+        let missed = of(seen(fine(), 0, FullLosses::default()), 2, stopped).missed();
+        assert!(missed.len() == 3 && missed[0].contains("stand still"), "{missed:?}");
+        assert!(missed[1].starts_with("changes: 1.000"), "{missed:?}");
     }
 }

@@ -19,8 +19,14 @@ use super::phase::{Figures, Percentiles, excess_ms_s, mean_p99_ms};
 use super::stage::{Garbage, Stage};
 use super::table::{Goal, Table, gb, note};
 use super::values::{Values, rows_of};
+use super::{Part, early};
 
 const NAME: &str = "bulk";
+/// Minutes that the part has, and the most GiB of rows with which they are enough.
+const MINUTES: u64 = 10;
+const GIB_MAX: f64 = 0.5;
+/// Time for each look at the peak, at most.
+const PEAK: Duration = Duration::from_secs(5);
 /// Where the restore goes.
 const RESTORED: &str = "restored";
 /// Shards, and those after a grow.
@@ -44,6 +50,9 @@ const TIMES_MAX: (f64, f64) = (2.0, 5.0);
 #[derive(Debug, Serialize)]
 pub(super) struct Latency {
     levels: Vec<Level>,
+    /// Why it ended before all changes were done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stopped: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -75,47 +84,56 @@ struct Change {
     excess_ms_s_per_gb_and_node: Option<f64>,
 }
 
-pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Result<Latency> {
+/// Measures until all changes are done at both loads, one fails, or the time is over.
+pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Latency {
     let mut levels = Vec::new();
+    let ended = args.limit(MINUTES).run(Box::pin(run(args, s3, &mut levels))).await;
+    Latency { levels, stopped: ended.err().map(|error| format!("{error:#}")) }
+}
+
+async fn run(args: &Args, s3: Option<&S3Server>, levels: &mut Vec<Level>) -> Result<()> {
     for (name, part, times_max) in
         [("half of the peak", Some(0.5), TIMES_MAX.0), ("saturation", None, TIMES_MAX.1)]
     {
         let prefix = if part.is_some() { "latency-half" } else { "latency-full" };
         let stage = Stage::start(args, s3, prefix, NODES, Garbage::Goes).await?;
-        let measured = Box::pin(level(args, stage, name, part, times_max)).await;
-        levels.push(measured.with_context(|| format!("latency at {name}"))?);
+        levels.push(Level::new(name));
+        let level = levels.last_mut().context("no level")?;
+        let measured = Box::pin(measure_level(args, stage, level, part, times_max)).await;
+        measured.with_context(|| format!("latency at {name}"))?;
     }
-    Ok(Latency { levels })
+    Ok(())
 }
 
 /// Runs all changes at one load: a part of the peak, or all that the clients of the peak ask for.
-async fn level(
+async fn measure_level(
     args: &Args,
     stage: Stage,
-    name: &'static str,
+    level: &mut Level,
     part: Option<f64>,
     times_max: f64,
-) -> Result<Level> {
+) -> Result<()> {
     stage.cordon(SPARE, true).await?;
     let keyspace = stage.create(NAME, SHARDS.0, REPLICAS, Ack::Fsync).await?;
-    let values = Values::new(args.seed);
-    values.fill(&keyspace, rows_of(args.gib)).await?;
+    let (values, rows) = (Values::new(args.seed), rows_of(args.gib.min(GIB_MAX)));
+    values.fill(&keyspace, rows).await?;
     foreground::fill(&keyspace, &values).await?;
     stage.tidy(NAME).await?;
-    let peak = foreground::peak(&keyspace, &values, args.calm(), args.seed).await?;
-    let arrivals = match part {
-        Some(part) => Arrivals::Paced(peak.requests_per_s * part),
-        None => Arrivals::Closed(peak.clients),
-    };
-    note(&format!("latency at {name}: {arrivals:?}"));
-    let clients = Foreground::start(&keyspace, &values, arrivals, args.seed)?;
-    let mut scene = Scene { args, stage, clients, keyspace, values, times_max, seen: Vec::new() };
-    Box::pin(scene.run()).await?;
-    let Scene { stage, clients, seen, .. } = scene;
-    drop(clients);
-    stage.finish().await?;
+    let peak = foreground::peak(&keyspace, &values, args.calm().min(PEAK), args.seed).await?;
     let Peak { clients, requests_per_s } = peak;
-    Ok(Level { name, peak_requests_per_s: requests_per_s, peak_clients: clients, changes: seen })
+    (level.peak_requests_per_s, level.peak_clients) = (requests_per_s, clients);
+    let arrivals = match part {
+        Some(part) => Arrivals::Paced(requests_per_s * part),
+        None => Arrivals::Closed(clients),
+    };
+    note(&format!("latency at {}: {arrivals:?}", level.name));
+    let clients = Foreground::start(&keyspace, &values, arrivals, args.seed)?;
+    let seen = &mut level.changes;
+    let mut scene = Scene { args, stage, clients, keyspace, values, rows, times_max, seen };
+    Box::pin(scene.run()).await?;
+    let Scene { stage, clients, .. } = scene;
+    drop(clients);
+    stage.finish().await
 }
 
 /// A cluster under load.
@@ -125,8 +143,9 @@ struct Scene<'a> {
     stage: Stage,
     keyspace: Keyspace,
     values: Values,
+    rows: u64,
     times_max: f64,
-    seen: Vec<Change>,
+    seen: &'a mut Vec<Change>,
 }
 
 impl Scene<'_> {
@@ -150,9 +169,8 @@ impl Scene<'_> {
 
     async fn checkpoint(&mut self) -> Result<()> {
         let mut numbers = Numbers::new(self.args.seed);
-        let rows = rows_of(self.args.gib);
-        let Self { values, keyspace, .. } = &*self;
-        values.overwrite(keyspace, rows, CHECKPOINT_SHARE, &mut numbers).await?;
+        let Self { values, keyspace, rows, .. } = &*self;
+        values.overwrite(keyspace, *rows, CHECKPOINT_SHARE, &mut numbers).await?;
         let calm = self.calm().await?;
         let before = self.stage.bytes_written().await?;
         let (cpu, phase, began) = (self.stage.cpu()?, self.clients.begin(), Instant::now());
@@ -192,7 +210,7 @@ impl Scene<'_> {
         // What a lost node held leaves only once it is back, which it is not.
         if self.stage.running() == self.stage.cluster.nodes() {
             self.stage.settled(NAME).await?;
-            self.stage.collect().await?;
+            self.stage.collect().await;
         }
         Ok(())
     }
@@ -243,9 +261,25 @@ fn latencies(figures: Percentiles) -> String {
     format!("{:.2} / {:.2} / {:.2}", figures.p50_ms, figures.p99_ms, figures.p999_ms)
 }
 
-impl Latency {
-    /// Formats the tables of the part.
-    pub(super) fn text(&self) -> String {
+impl Part for Latency {
+    fn missed(&self) -> Vec<String> {
+        let missed = self.levels.iter().flat_map(|level| {
+            let name = level.name;
+            level.changes.iter().flat_map(move |one| {
+                let what = format!("{} at {name}", one.change);
+                let times = one.puts_p99_times.max(one.gets_p99_times);
+                let p99 = one.goal.missed(&format!("{what}, p99 in times that of calm"), times);
+                let errors = one.calm.errors + one.during.errors;
+                let first = one.during.first_error.as_ref().or(one.calm.first_error.as_ref());
+                let failed =
+                    first.map(|first| format!("{what}: {errors} requests failed: {first}"));
+                p99.into_iter().chain(failed)
+            })
+        });
+        early(self.stopped.as_deref()).into_iter().chain(missed).collect()
+    }
+
+    fn text(&self) -> String {
         let mut text = "## Latency of clients, p50 / p99 / p99.9 in ms\n".to_owned();
         for level in &self.levels {
             text += &format!(
@@ -261,6 +295,10 @@ impl Latency {
 }
 
 impl Level {
+    fn new(name: &'static str) -> Self {
+        Self { name, peak_requests_per_s: 0.0, peak_clients: 0, changes: Vec::new() }
+    }
+
     fn table(&self) -> Table {
         let mut table = Table::new(&[
             "change",

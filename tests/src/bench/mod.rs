@@ -3,7 +3,7 @@
 //!
 //! **Invariant:** the load generator shares the machine with the cluster; every table of what clients
 //! saw says which part of the processors each of them took. What was measured is written to the file
-//! after each part.
+//! after each part, which ends by itself when its time is over.
 
 mod args;
 mod cpu;
@@ -11,6 +11,7 @@ mod cutover;
 mod follow;
 mod foreground;
 mod latency;
+mod limit;
 mod phase;
 mod speed;
 mod stage;
@@ -20,7 +21,7 @@ mod values;
 
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use vasto_testkit::{S3Kind, S3Server};
 
@@ -37,6 +38,8 @@ struct Document {
     bucket: &'static str,
     gib: f64,
     seed: u64,
+    /// The goals that were missed, and the parts that ended early.
+    missed: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     bytes: Option<traffic::Traffic>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -47,15 +50,30 @@ struct Document {
     cutover: Option<cutover::Cutover>,
 }
 
+/// What a part of a run has measured, also when it ended early.
+trait Part: Serialize {
+    /// Formats the tables of the part.
+    fn text(&self) -> String;
+
+    /// Returns a line for each goal that was missed, and for an early end.
+    fn missed(&self) -> Vec<String>;
+}
+
+/// Returns the line for a part that ended early.
+fn early(stopped: Option<&str>) -> Option<String> {
+    stopped.map(|why| format!("it ended early: {why}"))
+}
+
 /// Measures what the arguments ask for, prints the tables and writes the file.
 ///
 /// # Errors
-/// When a cluster does not start, a change does not end, something is lost, or the file cannot be
-/// written.
+/// When the file cannot be written; all goals that were missed, and why parts ended early.
 pub async fn run(args: &Args) -> Result<()> {
     let mut document = Document::of(args);
     // Learn now that the file cannot be written, not in an hour.
     document.save(&args.out)?;
+    // What earlier runs have left is not of this one.
+    let _ = std::fs::remove_file(args.logs());
     let s3 = match args.s3 {
         true => Some(S3Server::start(S3Kind::SeaweedFs).await?),
         false => None,
@@ -63,34 +81,32 @@ pub async fn run(args: &Args) -> Result<()> {
     let s3 = s3.as_ref();
     println!("{}", document.head());
     if args.measures(args.bytes) {
-        let part = Box::pin(traffic::measure(args, s3)).await.context("--bytes")?;
-        println!("{}", part.text());
+        let part = Box::pin(traffic::measure(args, s3)).await;
+        document.tell("--bytes", &part);
         document.bytes = Some(part);
         document.save(&args.out)?;
     }
     if args.measures(args.speed) {
-        let part = Box::pin(speed::measure(args, s3)).await.context("--speed")?;
-        println!("{}", part.text());
+        let part = Box::pin(speed::measure(args, s3)).await;
+        document.tell("--speed", &part);
         document.speed = Some(part);
         document.save(&args.out)?;
     }
     if args.measures(args.latency) {
-        let part = Box::pin(latency::measure(args, s3)).await.context("--latency")?;
-        println!("{}", part.text());
+        let part = Box::pin(latency::measure(args, s3)).await;
+        document.tell("--latency", &part);
         document.latency = Some(part);
         document.save(&args.out)?;
     }
     if args.measures(args.cutover) {
-        let part = Box::pin(cutover::measure(args, s3)).await.context("--cutover")?;
-        println!("{}", part.text());
-        let fault = part.fault();
+        let part = Box::pin(cutover::measure(args, s3)).await;
+        document.tell("--cutover", &part);
         document.cutover = Some(part);
         document.save(&args.out)?;
-        if let Some(fault) = fault {
-            bail!("--cutover: {fault}");
-        }
     }
     note(&format!("all figures are in {}", args.out.display()));
+    let missed = &document.missed;
+    ensure!(missed.is_empty(), "{} goals were missed:\n  {}", missed.len(), missed.join("\n  "));
     Ok(())
 }
 
@@ -103,6 +119,7 @@ impl Document {
             bucket: if args.s3 { "seaweedfs" } else { "directory" },
             gib: args.gib,
             seed: args.seed,
+            missed: Vec::new(),
             bytes: None,
             speed: None,
             latency: None,
@@ -120,6 +137,15 @@ impl Document {
             "# Structural changes\n\nVasto {version} on {cores} processors ({processor}), bucket: {bucket}, {gib} GiB of \
              rows, seed {seed}. Master, nodes and the load generator share the machine.\n"
         )
+    }
+
+    /// Prints the tables of a part, and keeps which of its goals were missed.
+    fn tell(&mut self, name: &str, part: &impl Part) {
+        println!("{}", part.text());
+        for missed in part.missed() {
+            note(&format!("{name}: MISSED {missed}"));
+            self.missed.push(format!("{name}: {missed}"));
+        }
     }
 
     fn save(&self, file: &Path) -> Result<()> {
@@ -152,5 +178,23 @@ mod tests {
         assert_eq!(json["bucket"], "directory");
         assert!(json["cores"].as_u64() > Some(0) && json.get("latency").is_none());
         assert!(Document::of(&args).head().contains("0.5 GiB"));
+    }
+
+    #[test]
+    fn what_was_missed_is_named_with_its_part() {
+        #[derive(Serialize)]
+        struct Half;
+        impl Part for Half {
+            fn text(&self) -> String {
+                "a table".to_owned()
+            }
+
+            fn missed(&self) -> Vec<String> {
+                early(Some("its time is over")).into_iter().collect()
+            }
+        }
+        let mut document = Document::of(&Args::parse_from(["vasto-bench-changes"]));
+        document.tell("--speed", &Half);
+        assert_eq!(document.missed, ["--speed: it ended early: its time is over"]);
     }
 }

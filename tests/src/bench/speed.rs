@@ -14,13 +14,18 @@ use vasto_testkit::S3Server;
 use super::args::Args;
 use super::cpu::CpuUsed;
 use super::follow::{Ended, StepTime, steps_text};
+use super::limit::Limit;
 use super::stage::{Garbage, Stage};
 use super::table::{Goal, Table, gb, goal_text, mib, note};
 use super::values::{Values, rows_of};
+use super::{Part, early};
 use crate::figures::median;
 use crate::raw::{RawDownload, download_raw};
 
 const NAME: &str = "bulk";
+/// Minutes that the part has, and the most GiB of rows with which they are enough.
+const MINUTES: u64 = 10;
+const GIB_MAX: f64 = 1.0;
 /// Shards, and those after a grow.
 const SHARDS: (u32, u32) = (6, 7);
 /// Nodes; the last one is spare: a rebalance fills it and a drain empties it.
@@ -32,6 +37,9 @@ const SPARE: usize = NODES - 1;
 pub(super) struct Speed {
     samples: Vec<Sample>,
     medians: Vec<Median>,
+    /// Why it ended before all repetitions were done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stopped: Option<String>,
 }
 
 /// What was measured.
@@ -96,124 +104,151 @@ struct Median {
     goal: Option<Goal>,
 }
 
-pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Result<Speed> {
+/// Measures until all repetitions are done, a change fails, or the time is over.
+pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Speed {
+    let (limit, mut samples) = (args.limit(MINUTES), Vec::new());
+    let ended = limit.run(Box::pin(run(args, s3, limit, &mut samples))).await;
+    let medians = CHANGES.iter().filter_map(|change| median_of(*change, &samples)).collect();
+    Speed { samples, medians, stopped: ended.err().map(|error| format!("{error:#}")) }
+}
+
+async fn run(
+    args: &Args,
+    s3: Option<&S3Server>,
+    limit: Limit,
+    samples: &mut Vec<Sample>,
+) -> Result<()> {
     let mut stage = Stage::start(args, s3, "speed", NODES, Garbage::Stays).await?;
     stage.cordon(SPARE, true).await?;
     let keyspace = stage.create(NAME, SHARDS.0, 1, Ack::Os).await?;
-    let (values, rows) = (Values::new(args.seed), rows_of(args.gib));
+    let (values, rows) = (Values::new(args.seed), rows_of(args.gib.min(GIB_MAX)));
     values.fill(&keyspace, rows).await?;
-    let mut samples = Vec::new();
     for repeat in 1..=args.repeats {
-        grow_and_shrink(args, &mut stage, repeat, &mut samples).await.context("grow, shrink")?;
-        rebalance_and_drain(args, &mut stage, repeat, &mut samples)
-            .await
-            .context("rebalance, drain")?;
-        restores(args, &mut stage, repeat, &mut samples).await.context("restore")?;
+        let before = limit.left();
+        let mut bench = Bench { args, stage: &mut stage, repeat, samples: &mut *samples };
+        Box::pin(bench.grow_and_shrink()).await.context("grow, shrink")?;
+        Box::pin(bench.rebalance_and_drain()).await.context("rebalance, drain")?;
+        Box::pin(bench.restores()).await.context("restore")?;
+        let (took, left) = (before.saturating_sub(limit.left()), limit.left());
+        if repeat < args.repeats && left < took.mul_f64(1.2) {
+            note(&format!("{repeat} of {} repetitions: there is no time for more", args.repeats));
+            break;
+        }
     }
     values.check(&keyspace, rows).await?;
-    stage.finish().await?;
-    let medians = CHANGES.iter().filter_map(|change| median_of(*change, &samples)).collect();
-    Ok(Speed { samples, medians })
+    stage.finish().await
 }
 
-async fn grow_and_shrink(
-    args: &Args,
-    stage: &mut Stage,
+/// One repetition.
+struct Bench<'a> {
+    args: &'a Args,
+    stage: &'a mut Stage,
     repeat: u32,
-    samples: &mut Vec<Sample>,
-) -> Result<()> {
-    stage.tidy(NAME).await?;
-    let leaving = BandRange::from(Band::leaving(SHARDS.0, SHARDS.1));
-    let manifests = stage.manifests(NAME).await?;
-    let files = manifests.iter().flat_map(|manifest| manifest.files_overlapping(leaving));
-    let keys: Vec<String> = files.map(|file| file.key.clone()).collect();
-    let before = raw(args, stage, &keys).await?;
-    let cpu = stage.cpu()?;
-    let grown = stage.resize(NAME, SHARDS.1).await?;
-    let used = cpu.until(&stage.cpu()?);
-    let after = raw(args, stage, &keys).await?;
-    take(samples, Change::Grow, repeat, grown, used, Some((before, after)), None);
-    stage.settled(NAME).await?;
-    stage.tidy(NAME).await?;
-    let cpu = stage.cpu()?;
-    let shrunk = stage.resize(NAME, SHARDS.0).await?;
-    let used = cpu.until(&stage.cpu()?);
-    take(samples, Change::Shrink, repeat, shrunk, used, None, None);
-    stage.settled(NAME).await
+    samples: &'a mut Vec<Sample>,
 }
 
-async fn rebalance_and_drain(
-    args: &Args,
-    stage: &mut Stage,
-    repeat: u32,
-    samples: &mut Vec<Sample>,
-) -> Result<()> {
-    stage.tidy(NAME).await?;
-    stage.cordon(SPARE, false).await?;
-    let plan = stage.vasto.plan_rebalance().await?;
-    let moving: BTreeSet<u32> = plan.moves.iter().map(|one| one.shard).collect();
-    let manifests = stage.manifests(NAME).await?;
-    let files = manifests.iter().filter(|manifest| moving.contains(&manifest.shard.0));
-    let keys = keys_of(files);
-    let before = raw(args, stage, &keys).await?;
-    let cpu = stage.cpu()?;
-    let moved = stage.rebalance().await?;
-    let used = cpu.until(&stage.cpu()?);
-    let after = raw(args, stage, &keys).await?;
-    take(samples, Change::Rebalance, repeat, moved, used, Some((before, after)), None);
-    stage.settled(NAME).await?;
-    stage.tidy(NAME).await?;
-    let cpu = stage.cpu()?;
-    let drained = stage.empty(SPARE, false).await?;
-    let used = cpu.until(&stage.cpu()?);
-    take(samples, Change::Drain, repeat, drained, used, None, None);
-    stage.settled(NAME).await
-}
+impl Bench<'_> {
+    /// Makes a change and keeps what it took; with the keys of the objects that it reads, beside a
+    /// plain download of these before and after it.
+    async fn timed(
+        &mut self,
+        change: Change,
+        keys: Option<&[String]>,
+        go: impl AsyncFnOnce(&mut Stage) -> Result<Timed>,
+    ) -> Result<()> {
+        let before = self.raw(keys).await?;
+        let cpu = self.stage.cpu()?;
+        let Timed { ended, nodes } = Box::pin(go(&mut *self.stage)).await?;
+        let used = cpu.until(&self.stage.cpu()?);
+        let after = self.raw(keys).await?;
+        take(self.samples, change, self.repeat, ended, used, before.zip(after), nodes);
+        Ok(())
+    }
 
-/// Restores everything onto one, two and three nodes.
-async fn restores(
-    args: &Args,
-    stage: &mut Stage,
-    repeat: u32,
-    samples: &mut Vec<Sample>,
-) -> Result<()> {
-    stage.tidy(NAME).await?;
-    let keys = keys_of(&stage.manifests(NAME).await?);
-    let onto = [Change::RestoreOn1, Change::RestoreOn2, Change::RestoreOn3];
-    for (change, nodes) in onto.into_iter().zip(1..) {
-        for node in 0..NODES {
-            stage.cordon(node, node >= nodes).await?;
+    /// Downloads these objects with object_store alone.
+    async fn raw(&self, keys: Option<&[String]>) -> Result<Option<RawDownload>> {
+        let Some(keys) = keys else { return Ok(None) };
+        let dir = match &self.args.dir {
+            Some(dir) => tempfile::tempdir_in(dir)?,
+            None => tempfile::tempdir()?,
+        };
+        let done = download_raw(&self.stage.bucket, keys, dir.path()).await;
+        done.map(Some).context("the plain download")
+    }
+
+    async fn grow_and_shrink(&mut self) -> Result<()> {
+        self.stage.tidy(NAME).await?;
+        let leaving = BandRange::from(Band::leaving(SHARDS.0, SHARDS.1));
+        let manifests = self.stage.manifests(NAME).await?;
+        let files = manifests.iter().flat_map(|manifest| manifest.files_overlapping(leaving));
+        let keys: Vec<String> = files.map(|file| file.key.clone()).collect();
+        let grow = async |stage: &mut Stage| stage.resize(NAME, SHARDS.1).await.map(Timed::of);
+        self.timed(Change::Grow, Some(&keys), grow).await?;
+        self.stage.settled(NAME).await?;
+        let shrink = async |stage: &mut Stage| stage.resize(NAME, SHARDS.0).await.map(Timed::of);
+        self.timed(Change::Shrink, None, shrink).await?;
+        self.stage.settled(NAME).await
+    }
+
+    async fn rebalance_and_drain(&mut self) -> Result<()> {
+        self.stage.tidy(NAME).await?;
+        self.stage.cordon(SPARE, false).await?;
+        let plan = self.stage.vasto.plan_rebalance().await?;
+        let moving: BTreeSet<u32> = plan.moves.iter().map(|one| one.shard).collect();
+        let manifests = self.stage.manifests(NAME).await?;
+        let files = manifests.iter().filter(|manifest| moving.contains(&manifest.shard.0));
+        let keys = keys_of(files);
+        let rebalance = async |stage: &mut Stage| stage.rebalance().await.map(Timed::of);
+        self.timed(Change::Rebalance, Some(&keys), rebalance).await?;
+        self.stage.settled(NAME).await?;
+        let drain = async |stage: &mut Stage| stage.empty(SPARE, false).await.map(Timed::of);
+        self.timed(Change::Drain, None, drain).await?;
+        self.stage.settled(NAME).await
+    }
+
+    /// Restores everything onto one, two and three nodes.
+    async fn restores(&mut self) -> Result<()> {
+        self.stage.tidy(NAME).await?;
+        let keys = keys_of(&self.stage.manifests(NAME).await?);
+        let onto = [Change::RestoreOn1, Change::RestoreOn2, Change::RestoreOn3];
+        for (change, nodes) in onto.into_iter().zip(1..) {
+            for node in 0..NODES {
+                self.stage.cordon(node, node >= nodes).await?;
+            }
+            let into = format!("restored-{nodes}-{}", self.repeat);
+            let restore = async |stage: &mut Stage| {
+                let ended = stage.restore(NAME, &into).await?;
+                let described = stage.vasto.describe_keyspace(&into).await?;
+                let replicas = described.placement.iter().flat_map(|shard| &shard.replicas);
+                let holders: BTreeSet<&str> = replicas.map(|one| one.node_id.as_str()).collect();
+                let nodes = Some(holders.len());
+                anyhow::Ok(Timed { ended, nodes })
+            };
+            self.timed(change, Some(&keys), restore).await?;
+            self.stage.delete(&into).await?;
         }
-        let into = format!("restored-{nodes}-{repeat}");
-        let before = raw(args, stage, &keys).await?;
-        let cpu = stage.cpu()?;
-        let restored = stage.restore(NAME, &into).await?;
-        let used = cpu.until(&stage.cpu()?);
-        let after = raw(args, stage, &keys).await?;
-        let described = stage.vasto.describe_keyspace(&into).await?;
-        let replicas = described.placement.iter().flat_map(|shard| &shard.replicas);
-        let holders: BTreeSet<&str> = replicas.map(|one| one.node_id.as_str()).collect();
-        let raws = Some((before, after));
-        take(samples, change, repeat, restored, used, raws, Some(holders.len()));
-        stage.delete(&into).await?;
+        for node in 0..NODES {
+            self.stage.cordon(node, node == SPARE).await?;
+        }
+        Ok(())
     }
-    for node in 0..NODES {
-        stage.cordon(node, node == SPARE).await?;
+}
+
+/// A change that was timed, and the nodes that took part as targets of a restore.
+struct Timed {
+    ended: Ended,
+    nodes: Option<usize>,
+}
+
+impl Timed {
+    fn of(ended: Ended) -> Self {
+        Self { ended, nodes: None }
     }
-    Ok(())
 }
 
 fn keys_of<'a>(manifests: impl IntoIterator<Item = &'a Manifest>) -> Vec<String> {
     let files = manifests.into_iter().flat_map(|manifest| &manifest.files);
     files.map(|file| file.key.clone()).collect()
-}
-
-async fn raw(args: &Args, stage: &Stage, keys: &[String]) -> Result<RawDownload> {
-    let dir = match &args.dir {
-        Some(dir) => tempfile::tempdir_in(dir)?,
-        None => tempfile::tempdir()?,
-    };
-    download_raw(&stage.bucket, keys, dir.path()).await.context("the plain download")
 }
 
 fn take(
@@ -234,27 +269,22 @@ fn take(
         }
     });
     let (bytes_moved, seconds) = (ended.bytes_moved(), ended.seconds());
-    let sample = Sample {
+    let mib_per_s = rate(bytes_moved, seconds);
+    let plain = raw.map_or_else(String::new, |raw| format!(", plain {:.0} MiB/s", raw.mib_per_s));
+    let what = change.text();
+    note(&ended.line(&format!("{what}, repetition {repeat}, {mib_per_s:.0} MiB/s{plain}")));
+    samples.push(Sample {
         change,
         repeat,
         bytes_moved,
         seconds,
-        mib_per_s: rate(bytes_moved, seconds),
+        mib_per_s,
         cpu_s_per_gb: per_gb(cpu.cluster_s(), bytes_moved),
         cpu,
         nodes,
         raw,
         steps: ended.steps,
-    };
-    let plain = raw.map_or_else(String::new, |raw| format!(", plain {:.0} MiB/s", raw.mib_per_s));
-    note(&format!(
-        "{}, repetition {repeat}: {:.0} MiB in {seconds:.1} s, {:.0} MiB/s{plain}; {}",
-        change.text(),
-        mib(bytes_moved),
-        sample.mib_per_s,
-        steps_text(&sample.steps)
-    ));
-    samples.push(sample);
+    });
 }
 
 fn rate(bytes: u64, seconds: f64) -> f64 {
@@ -311,9 +341,20 @@ fn median_of(change: Change, samples: &[Sample]) -> Option<Median> {
     })
 }
 
-impl Speed {
-    /// Formats the tables of the part.
-    pub(super) fn text(&self) -> String {
+impl Part for Speed {
+    fn missed(&self) -> Vec<String> {
+        let of = |change: Change| self.medians.iter().find(|one| one.change == change);
+        let missed = CHANGES.into_iter().filter_map(|change| {
+            let least = change.least()?;
+            let Some((goal, ratio)) = of(change).and_then(|one| one.goal.zip(one.ratio)) else {
+                return Some(format!("{}: not measured, the goal is >= {least}", change.text()));
+            };
+            goal.missed(&format!("{}, ratio to the plain download", change.text()), ratio)
+        });
+        early(self.stopped.as_deref()).into_iter().chain(missed).collect()
+    }
+
+    fn text(&self) -> String {
         let number = |figure: Option<f64>, digits: usize| {
             figure.map_or_else(|| "–".to_owned(), |figure| format!("{figure:.digits$}"))
         };
@@ -402,5 +443,17 @@ mod tests {
         let drain = median_of(Change::Drain, &samples).unwrap();
         assert_eq!((drain.ratio, drain.goal), (None, None));
         assert!(median_of(Change::Rebalance, &samples).is_none());
+    }
+
+    #[test]
+    fn what_was_not_measured_is_missed() {
+        let samples = vec![sample(Change::Grow, 90.0, Some(100.0))];
+        let medians = CHANGES.iter().filter_map(|change| median_of(*change, &samples)).collect();
+        let missed = Speed { samples, medians, stopped: None }.missed();
+        assert_eq!(
+            missed,
+            ["rebalance onto an empty node: not measured, the goal is >= 0.8"],
+            "{missed:?}"
+        );
     }
 }

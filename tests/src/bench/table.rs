@@ -47,13 +47,21 @@ impl Goal {
         Self { at_most: None, at_least: Some(bound), held: figure >= bound }
     }
 
-    /// Formats the goal and whether it held, for instance `<= 1.15 held`.
-    pub(super) fn text(self) -> String {
-        let bound = match (self.at_most, self.at_least) {
+    fn bound(self) -> String {
+        match (self.at_most, self.at_least) {
             (Some(bound), _) => format!("<= {bound}"),
             (None, bound) => format!(">= {}", bound.unwrap_or_default()),
-        };
-        format!("{bound} {}", if self.held { "held" } else { "**missed**" })
+        }
+    }
+
+    /// Formats the goal and whether it held, for instance `<= 1.15 held`.
+    pub(super) fn text(self) -> String {
+        format!("{} {}", self.bound(), if self.held { "held" } else { "**missed**" })
+    }
+
+    /// Returns the line that names a goal that was missed, with what was found instead.
+    pub(super) fn missed(self, what: &str, figure: f64) -> Option<String> {
+        (!self.held).then(|| format!("{what}: {figure:.3}, the goal is {}", self.bound()))
     }
 }
 
@@ -97,6 +105,13 @@ mod tests {
     #[test]
     fn a_figure_that_is_no_number_keeps_no_goal() {
         assert!(!Goal::at_most(1.0, f64::NAN).held && !Goal::at_least(1.0, f64::NAN).held);
+    }
+
+    #[test]
+    fn only_a_goal_that_was_missed_is_named() {
+        assert_eq!(Goal::at_most(1.15, 1.1).missed("4 -> 5", 1.1), None);
+        let missed = Goal::at_least(0.5, 0.25).missed("grow", 0.25);
+        assert_eq!(missed.as_deref(), Some("grow: 0.250, the goal is >= 0.5"));
     }
 
     #[test]

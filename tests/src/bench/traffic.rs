@@ -1,5 +1,5 @@
-//! Bytes that a resize reads from the bucket for each byte that moves: over compacted rows, and
-//! straight after heavy writes.
+//! Bytes that a resize reads from the bucket for each byte that moves: over compacted rows, straight
+//! after heavy writes, and as the change before has left them.
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -11,21 +11,48 @@ use super::follow::{StepTime, steps_text};
 use super::stage::{Garbage, Stage};
 use super::table::{Goal, Table, mib, note};
 use super::values::{Values, rows_of};
+use super::{Part, early};
 
-/// Shards in the beginning.
-const FIRST: u32 = 1;
-/// The resizes: the number of shards after it, and the most that may be read for each byte that
-/// moves, compacted and after writes; what has no such bound only leads to the next one.
-const RESIZES: [(u32, Option<[f64; 2]>); 9] = [
-    (16, Some([2.0, 2.0])),
-    (10, Some([1.1, 1.1])),
-    (8, None),
-    (9, Some([1.15, 1.5])),
-    (8, None),
-    (4, Some([1.1, 1.1])),
-    (5, Some([1.15, 1.5])),
-    (4, None),
-    (8, Some([1.4, 1.4])),
+/// Minutes that the part has.
+const MINUTES: u64 = 10;
+
+/// Resizes of one keyspace, one after the other.
+struct Walk {
+    name: &'static str,
+    /// Shards in the beginning.
+    first: u32,
+    /// What the rows go through before each resize, the number of shards after it, and the most that
+    /// may be read for each byte that moves; what has no such bound only leads to the next one.
+    resizes: &'static [(Before, u32, Option<f64>)],
+}
+
+/// Only a grow by one shard reads files as they are, so that it depends on what the rows went through;
+/// the others export, and are measured once, as the one before has left the keyspace.
+const WALKS: [Walk; 2] = [
+    Walk {
+        name: "compacted",
+        first: 1,
+        resizes: &[
+            (Before::AsLeft, 16, Some(2.0)),
+            (Before::AsLeft, 10, Some(1.1)),
+            (Before::AsLeft, 8, None),
+            (Before::Compacted, 9, Some(1.15)),
+            (Before::AsLeft, 8, None),
+            (Before::AsLeft, 4, Some(1.1)),
+            (Before::Compacted, 5, Some(1.15)),
+            (Before::AsLeft, 4, None),
+            (Before::AsLeft, 8, Some(1.4)),
+        ],
+    },
+    Walk {
+        name: "written",
+        first: 4,
+        resizes: &[
+            (Before::HeavyWrites, 5, Some(1.5)),
+            (Before::AsLeft, 8, None),
+            (Before::HeavyWrites, 9, Some(1.5)),
+        ],
+    },
 ];
 /// Share of the rows that are written once more, in random order, straight before a resize.
 const OVERWRITTEN: f64 = 0.5;
@@ -37,6 +64,7 @@ const PEERS_MAX: f64 = 0.001;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Before {
+    AsLeft,
     Compacted,
     HeavyWrites,
 }
@@ -45,6 +73,9 @@ enum Before {
 #[derive(Debug, Serialize)]
 pub(super) struct Traffic {
     resizes: Vec<Resize>,
+    /// Why it ended before all resizes were done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stopped: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -58,6 +89,8 @@ struct Resize {
     bytes_from_peers: u64,
     /// Of the bytes from the bucket to those that moved.
     ratio: f64,
+    #[serde(skip)]
+    peers_ratio: f64,
     seconds: f64,
     steps: Vec<StepTime>,
     goal: Goal,
@@ -65,37 +98,36 @@ struct Resize {
     peers_goal: Goal,
 }
 
-pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Result<Traffic> {
+/// Measures until all resizes are done, one fails, or the time is over.
+pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Traffic {
+    let mut resizes = Vec::new();
+    let ended = args.limit(MINUTES).run(Box::pin(run(args, s3, &mut resizes))).await;
+    Traffic { resizes, stopped: ended.err().map(|error| format!("{error:#}")) }
+}
+
+async fn run(args: &Args, s3: Option<&S3Server>, resizes: &mut Vec<Resize>) -> Result<()> {
     let stage = Stage::start(args, s3, "bytes", 2, Garbage::Goes).await?;
     let (values, mut numbers) = (Values::new(args.seed), Numbers::new(args.seed));
-    let mut resizes = Vec::new();
-    for before in [Before::Compacted, Before::HeavyWrites] {
-        let name = match before {
-            Before::Compacted => "compacted",
-            Before::HeavyWrites => "written",
-        };
-        let keyspace = stage.create(name, FIRST, 1, Ack::Os).await?;
-        let rows = rows_of(args.gib);
+    let rows = rows_of(args.gib);
+    for Walk { name, first, resizes: walk } in WALKS {
+        let keyspace = stage.create(name, first, 1, Ack::Os).await?;
         values.fill(&keyspace, rows).await?;
-        let mut from = FIRST;
-        for (to, bounds) in RESIZES {
+        let mut from = first;
+        for (before, to, bound) in walk.iter().copied() {
             let what = || format!("{name}: {from} -> {to}");
-            if bounds.is_some() {
-                prepare(&stage, &keyspace, &values, rows, before, &mut numbers)
-                    .await
-                    .with_context(what)?;
-            }
-            let resize = resize(&stage, name, before, (from, to), bounds).await;
+            prepare(&stage, &keyspace, &values, rows, before, &mut numbers)
+                .await
+                .with_context(what)?;
+            let resize = resize(&stage, name, before, (from, to), bound).await;
             resizes.extend(resize.with_context(what)?);
             stage.settled(name).await?;
-            stage.collect().await?;
+            stage.collect().await;
             from = to;
         }
         values.check(&keyspace, rows).await?;
         stage.delete(name).await?;
     }
-    stage.finish().await?;
-    Ok(Traffic { resizes })
+    stage.finish().await
 }
 
 async fn prepare(
@@ -107,31 +139,26 @@ async fn prepare(
     numbers: &mut Numbers,
 ) -> Result<()> {
     match before {
+        Before::AsLeft => Ok(()),
         Before::Compacted => stage.tidy(&keyspace.name()).await,
         Before::HeavyWrites => values.overwrite(keyspace, rows, OVERWRITTEN, numbers).await,
     }
 }
 
-/// Resizes, and returns the figures if there are bounds for them.
+/// Resizes, and returns the figures if there is a bound for them.
 async fn resize(
     stage: &Stage,
     name: &str,
     before: Before,
     (from, to): (u32, u32),
-    bounds: Option<[f64; 2]>,
+    bound: Option<f64>,
 ) -> Result<Option<Resize>> {
     let ended = stage.resize(name, to).await?;
     let moved = ended.bytes_moved();
     let (read, peers) = (ended.bytes_from_bucket(), ended.bytes_from_peers());
     let part = |bytes: u64| bytes as f64 / moved.max(1) as f64;
-    note(&format!(
-        "{name}: {from} -> {to}: {:.0} MiB moved, {:.0} MiB read, {:.1} s",
-        mib(moved),
-        mib(read),
-        ended.seconds()
-    ));
-    let Some([compacted, written]) = bounds else { return Ok(None) };
-    let bound = if before == Before::Compacted { compacted } else { written };
+    note(&ended.line(&format!("{name}: {from} -> {to}, {:.0} MiB read", mib(read))));
+    let Some(bound) = bound else { return Ok(None) };
     Ok(Some(Resize {
         before,
         from,
@@ -141,6 +168,7 @@ async fn resize(
         bytes_from_bucket: read,
         bytes_from_peers: peers,
         ratio: part(read),
+        peers_ratio: part(peers),
         seconds: ended.seconds(),
         goal: Goal::at_most(bound, part(read)),
         peers_goal: Goal::at_most(PEERS_MAX, part(peers)),
@@ -148,9 +176,29 @@ async fn resize(
     }))
 }
 
-impl Traffic {
-    /// Formats the tables of the part.
-    pub(super) fn text(&self) -> String {
+impl Before {
+    fn text(self) -> &'static str {
+        match self {
+            Self::AsLeft => "as the change before left them",
+            Self::Compacted => "compacted",
+            Self::HeavyWrites => "straight after heavy writes",
+        }
+    }
+}
+
+impl Part for Traffic {
+    fn missed(&self) -> Vec<String> {
+        let missed = self.resizes.iter().flat_map(|one| {
+            let what = format!("{} -> {}, rows {}", one.from, one.to, one.before.text());
+            let read = one.goal.missed(&format!("{what}, bytes from the bucket"), one.ratio);
+            let peers =
+                one.peers_goal.missed(&format!("{what}, bytes from peers"), one.peers_ratio);
+            read.into_iter().chain(peers)
+        });
+        early(self.stopped.as_deref()).into_iter().chain(missed).collect()
+    }
+
+    fn text(&self) -> String {
         let mut table = Table::new(&[
             "rows",
             "resize",
@@ -165,12 +213,8 @@ impl Traffic {
             "s of each step",
         ]);
         for one in &self.resizes {
-            let rows = match one.before {
-                Before::Compacted => "compacted",
-                Before::HeavyWrites => "straight after heavy writes",
-            };
             table.row([
-                rows.to_owned(),
+                one.before.text().to_owned(),
                 format!("{} -> {}", one.from, one.to),
                 one.keys_moved.to_string(),
                 format!("{:.0}", mib(one.bytes_moved)),
@@ -193,23 +237,29 @@ mod tests {
 
     #[test]
     fn every_resize_that_has_a_goal_is_measured() {
-        let mut from = FIRST;
         let mut measured = Vec::new();
-        for (to, bounds) in RESIZES {
-            assert_ne!(from, to);
-            measured.extend(bounds.map(|bounds| (from, to, bounds)));
-            from = to;
+        for walk in WALKS {
+            let mut from = walk.first;
+            for (before, to, bound) in walk.resizes.iter().copied() {
+                assert_ne!(from, to);
+                measured.extend(bound.map(|bound| (from, to, before.text(), bound)));
+                from = to;
+            }
         }
-        measured.sort_by_key(|(from, to, _)| (*from, *to));
+        measured.sort_by_key(|(from, to, _, bound)| (*from, *to, (bound * 100.0) as u64));
+        let (left, compacted, written) =
+            (Before::AsLeft.text(), Before::Compacted.text(), Before::HeavyWrites.text());
         assert_eq!(
             measured,
             [
-                (1, 16, [2.0, 2.0]),
-                (4, 5, [1.15, 1.5]),
-                (4, 8, [1.4, 1.4]),
-                (8, 4, [1.1, 1.1]),
-                (8, 9, [1.15, 1.5]),
-                (16, 10, [1.1, 1.1]),
+                (1, 16, left, 2.0),
+                (4, 5, compacted, 1.15),
+                (4, 5, written, 1.5),
+                (4, 8, left, 1.4),
+                (8, 4, left, 1.1),
+                (8, 9, compacted, 1.15),
+                (8, 9, written, 1.5),
+                (16, 10, left, 1.1),
             ]
         );
     }
