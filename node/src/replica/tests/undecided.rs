@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use tempfile::TempDir;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use vasto_core::ErrorCode;
@@ -146,19 +147,47 @@ async fn version(store: &CatalogStore, number: u64) -> Option<Catalog> {
     store.version(KEYSPACE, CatalogVersion(number)).await.unwrap()
 }
 
+/// A node that serves the only shard of a keyspace, and the bucket, which knows more than the node.
+struct Scene {
+    bucket: Arc<Faulty>,
+    store: CatalogStore,
+    /// The version that seals; the node has not heard of it.
+    sealed: Catalog,
+    node: Member,
+    replica: Replica,
+    // Last: the node is in it.
+    dir: TempDir,
+}
+
+impl Scene {
+    /// The bucket holds the version that seals.
+    async fn start() -> Self {
+        Self::with_stored(|sealed| vec![sealed.clone()]).await
+    }
+
+    /// The bucket holds these versions behind the first one, given the version that seals.
+    async fn with_stored(stored: impl FnOnce(&Catalog) -> Vec<Catalog>) -> Self {
+        let (bucket, dir) = (Faulty::in_memory(), memory_dir());
+        let store = CatalogStore::new(bucket.without_faults());
+        let first = keyspace(1);
+        let sealed = sealing(&first);
+        let stored = stored(&sealed);
+        let versions: Vec<&Catalog> = std::iter::once(&first).chain(&stored).collect();
+        write_all(&store, &versions).await;
+        let node = Member::start(1, dir.path(), bucket.bucket()).await;
+        node.apply(&first).await;
+        let replica = node.replica(1).await;
+        Self { bucket, store, sealed, node, replica, dir }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_seal_that_nobody_decides_is_undone_by_the_node_and_waiting_writes_go_on() {
-    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-    let store = CatalogStore::new(bucket.without_faults());
-    let first = keyspace(1);
-    let told = sealing(&first);
     // The version in the bucket counts, not the one that the node was told.
-    let stored = Catalog { pins: vec!["kept".into()], ..told.clone() };
-    write_all(&store, &[&first, &stored]).await;
-    let node = Member::start(1, dir.path(), bucket.bucket()).await;
-    node.apply(&first).await;
-    let replica = node.replica(1).await;
-    let key = moving(&told);
+    let kept = |told: &Catalog| Catalog { pins: vec!["kept".into()], ..told.clone() };
+    let scene = Scene::with_stored(|told| vec![kept(told)]).await;
+    let Scene { store, sealed: told, node, replica, .. } = scene;
+    let (stored, key) = (kept(&told), moving(&told));
     let began = Instant::now();
     node.seal(&told, &replica).await;
     let waiting = send(&replica, vec![put(&key, "waited")], Ack::Fsync);
@@ -184,15 +213,8 @@ async fn a_seal_that_nobody_decides_is_undone_by_the_node_and_waiting_writes_go_
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_no_master_tells_of_is_found_and_never_undone() {
-    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-    let store = CatalogStore::new(bucket.without_faults());
-    let first = keyspace(1);
-    let sealed = sealing(&first);
-    let decided = committed(&sealed);
-    write_all(&store, &[&first, &sealed, &decided]).await;
-    let node = Member::start(1, dir.path(), bucket.bucket()).await;
-    node.apply(&first).await;
-    let replica = node.replica(1).await;
+    let scene = Scene::with_stored(|sealed| vec![sealed.clone(), committed(sealed)]).await;
+    let Scene { store, sealed, node, replica, .. } = scene;
     node.seal(&sealed, &replica).await;
     let range = plan(&sealed).leaving().unwrap();
     until("the keys to be given away", || replica.ranges().all_are(range, RangeState::Leaving))
@@ -234,14 +256,8 @@ async fn two_sealed_nodes_write_one_version_and_both_apply_it() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_the_bucket_is_away_the_seal_stays_and_the_node_says_so() {
-    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-    let store = CatalogStore::new(bucket.without_faults());
-    let first = keyspace(1);
-    let sealed = sealing(&first);
-    write_all(&store, &[&first, &sealed]).await;
-    let node = Member::start(1, dir.path(), bucket.bucket()).await;
-    node.apply(&first).await;
-    let replica = node.replica(1).await;
+    let scene = Scene::start().await;
+    let Scene { bucket, store, sealed, node, replica, .. } = scene;
     bucket.go_down();
     node.seal(&sealed, &replica).await;
     until("a warning", || !node.registry.undecided().is_empty()).await;
@@ -260,17 +276,10 @@ async fn while_the_bucket_is_away_the_seal_stays_and_the_node_says_so() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bucket_with_another_history_is_not_believed() {
-    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-    let store = CatalogStore::new(bucket.without_faults());
-    let first = keyspace(1);
-    let sealed = sealing(&first);
     // The same number and plan, written by somebody else, who has gone on.
-    let mut foreign = sealed.clone();
-    foreign.nonce = 77;
-    write_all(&store, &[&first, &foreign, &committed(&foreign)]).await;
-    let node = Member::start(1, dir.path(), bucket.bucket()).await;
-    node.apply(&first).await;
-    let replica = node.replica(1).await;
+    let foreign = |sealed: &Catalog| Catalog { nonce: 77, ..sealed.clone() };
+    let scene = Scene::with_stored(|told| vec![foreign(told), committed(&foreign(told))]).await;
+    let Scene { store, sealed, node, replica, .. } = scene;
     node.seal(&sealed, &replica).await;
     until("a warning", || !node.registry.undecided().is_empty()).await;
     assert_eq!(node.version(), 2);
@@ -282,14 +291,8 @@ async fn a_bucket_with_another_history_is_not_believed() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_undo_with_an_unknown_outcome_is_settled_by_the_bucket() {
     for fault in [Fault::UnknownAfter, Fault::UnknownBefore, Fault::ResetAfter] {
-        let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-        let store = CatalogStore::new(bucket.without_faults());
-        let first = keyspace(1);
-        let sealed = sealing(&first);
-        write_all(&store, &[&first, &sealed]).await;
-        let node = Member::start(1, dir.path(), bucket.bucket()).await;
-        node.apply(&first).await;
-        let replica = node.replica(1).await;
+        let scene = Scene::start().await;
+        let Scene { bucket, store, sealed, node, replica, .. } = scene;
         node.seal(&sealed, &replica).await;
         let hit = bucket.hit();
         bucket.fail(Call::Put, fault, 2);
@@ -308,14 +311,8 @@ async fn an_undo_with_an_unknown_outcome_is_settled_by_the_bucket() {
 /// The bucket answers reads and takes no write: an undoing that failed may never have arrived.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_undo_that_may_not_have_been_written_is_not_applied() {
-    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-    let store = CatalogStore::new(bucket.without_faults());
-    let first = keyspace(1);
-    let sealed = sealing(&first);
-    write_all(&store, &[&first, &sealed]).await;
-    let node = Member::start(1, dir.path(), bucket.bucket()).await;
-    node.apply(&first).await;
-    let replica = node.replica(1).await;
+    let scene = Scene::start().await;
+    let Scene { bucket, store, sealed, node, replica, .. } = scene;
     bucket.fail(Call::Put, Fault::UnknownBefore, u32::MAX);
     node.seal(&sealed, &replica).await;
     until("the write to fail", || {
@@ -333,14 +330,9 @@ async fn an_undo_that_may_not_have_been_written_is_not_applied() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_restarts_sealed_looks_at_once_and_undoes_no_sooner() {
     for decided in [true, false] {
-        let (bucket, dir) = (Faulty::in_memory(), memory_dir());
-        let store = CatalogStore::new(bucket.without_faults());
-        let first = keyspace(1);
-        let sealed = sealing(&first);
-        write_all(&store, &[&first, &sealed]).await;
-        let node = Member::start(1, dir.path(), bucket.bucket()).await;
-        node.apply(&first).await;
-        node.seal(&sealed, &node.replica(1).await).await;
+        let Scene { bucket, store, sealed, node, replica, dir } = Scene::start().await;
+        node.seal(&sealed, &replica).await;
+        drop(replica);
         node.stop().await;
         if decided {
             write_all(&store, &[&undo_seal(&sealed, plan(&sealed), START_US + 5, 9)]).await;
