@@ -29,13 +29,13 @@ pub(crate) async fn node(args: &Node, format: OutputFormat) -> anyhow::Result<()
                 to: args.with.clone(),
                 replace: true,
                 accept_loss: args.accept_loss,
-                max_rate: args.max_rate,
+                max_rate: args.start.max_rate,
             };
-            (&args.node, options, args.plan, args.no_wait)
+            (&args.node, options, args.plan, args.start.no_wait)
         }
         NodeCommand::Drain(args) => {
-            let options = EmptyOptions { max_rate: args.max_rate, ..EmptyOptions::default() };
-            (&args.node, options, args.plan, args.no_wait)
+            let options = EmptyOptions { max_rate: args.start.max_rate, ..EmptyOptions::default() };
+            (&args.node, options, args.plan, args.start.no_wait)
         }
     };
     if plan {

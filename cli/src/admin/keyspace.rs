@@ -79,7 +79,7 @@ async fn restore(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     let at_us = args.at.map(|at| u64::try_from(at.as_microsecond()).unwrap_or_default());
-    let (from_bucket, max_rate) = (args.from_bucket, args.max_rate);
+    let (from_bucket, max_rate) = (args.from_bucket, args.start.max_rate);
     let options = RestoreOptions { at_us, from_bucket, max_rate };
     if args.plan {
         let planned = vasto.plan_restore_with(&args.name, &args.into, options).await;
@@ -94,7 +94,7 @@ async fn restore(
             joined(&absent.shards)
         );
     }
-    resize::wait(vasto, started, args.no_wait, format).await
+    resize::wait(vasto, started, args.start.no_wait, format).await
 }
 
 fn spec(create: &KeyspaceCreate) -> KeyspaceSpec {

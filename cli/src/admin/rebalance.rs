@@ -25,14 +25,14 @@ pub(crate) async fn run(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     if args.plan {
-        let plan = vasto.plan_rebalance_at(args.max_rate).await.map_err(connect::failure)?;
+        let plan = vasto.plan_rebalance_at(args.start.max_rate).await.map_err(connect::failure)?;
         return print(&plan, format, estimate);
     }
-    let started = vasto.start_rebalance_at(args.max_rate).await.map_err(connect::failure)?;
+    let started = vasto.start_rebalance_at(args.start.max_rate).await.map_err(connect::failure)?;
     if started.state == OperationState::Done {
         return print(&started, format, |_| BALANCED.to_owned());
     }
-    resize::wait(vasto, started, args.no_wait, format).await
+    resize::wait(vasto, started, args.start.no_wait, format).await
 }
 
 const BALANCED: &str = "the cluster is balanced; nothing moves\n";

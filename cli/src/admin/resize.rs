@@ -31,7 +31,7 @@ pub(crate) async fn run(
     format: OutputFormat,
 ) -> anyhow::Result<()> {
     if args.plan {
-        let planned = vasto.plan_resize_at(&args.name, args.shards, args.max_rate).await;
+        let planned = vasto.plan_resize_at(&args.name, args.shards, args.start.max_rate).await;
         return print(&planned.map_err(connect::failure)?, format, plan::text_of);
     }
     if args.end_quarantine {
@@ -43,9 +43,9 @@ pub(crate) async fn run(
             }
         }
     }
-    let started = vasto.start_resize_at(&args.name, args.shards, args.max_rate).await;
+    let started = vasto.start_resize_at(&args.name, args.shards, args.start.max_rate).await;
     let started = started.map_err(connect::failure)?;
-    wait(vasto, started, args.no_wait, format).await
+    wait(vasto, started, args.start.no_wait, format).await
 }
 
 /// Ends the quarantines that keep a keyspace from shrinking, and waits until their keys are

@@ -5,7 +5,7 @@
 use clap::{Args, Subcommand};
 
 use super::Connect;
-use super::parse::parse_rate;
+use super::operation::Start;
 
 /// `vasto node`
 #[derive(Debug, Args)]
@@ -69,12 +69,8 @@ pub(crate) struct NodeReplace {
     /// Only tell what would move, what it takes, and whether it would be refused
     #[arg(long, conflicts_with_all = ["no_wait", "accept_loss"])]
     pub plan: bool,
-    /// The most bytes a second that all nodes together read and write at the bucket for this
-    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
-    pub max_rate: Option<u64>,
-    /// Start it and return; follow it with `vasto operation show`
-    #[arg(long)]
-    pub no_wait: bool,
+    #[command(flatten)]
+    pub start: Start,
 }
 
 /// `vasto node drain`
@@ -85,12 +81,8 @@ pub(crate) struct NodeDrain {
     /// Only tell what would move, what it takes, and whether it would be refused
     #[arg(long, conflicts_with = "no_wait")]
     pub plan: bool,
-    /// The most bytes a second that all nodes together read and write at the bucket for this
-    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
-    pub max_rate: Option<u64>,
-    /// Start it and return; follow it with `vasto operation show`
-    #[arg(long)]
-    pub no_wait: bool,
+    #[command(flatten)]
+    pub start: Start,
 }
 
 /// `vasto cluster`
@@ -132,12 +124,8 @@ pub(crate) struct ClusterRebalance {
     /// Only tell what would move, and what it takes
     #[arg(long, conflicts_with = "no_wait")]
     pub plan: bool,
-    /// The most bytes a second that all nodes together read and write at the bucket for this
-    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
-    pub max_rate: Option<u64>,
-    /// Start it and return; follow it with `vasto operation show`
-    #[arg(long)]
-    pub no_wait: bool,
+    #[command(flatten)]
+    pub start: Start,
 }
 
 /// `vasto bucket`

@@ -7,7 +7,8 @@ use std::time::Duration;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::Connect;
-use super::parse::{parse_duration, parse_rate, parse_ttl};
+use super::operation::Start;
+use super::parse::{parse_duration, parse_ttl};
 
 /// The acknowledgement levels of a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -145,12 +146,8 @@ pub(crate) struct KeyspaceResize {
     /// Remove at once the kept keys of an earlier grow that are in the way of a shrink
     #[arg(long, conflicts_with = "plan")]
     pub end_quarantine: bool,
-    /// The most bytes a second that all nodes together read and write at the bucket for this
-    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
-    pub max_rate: Option<u64>,
-    /// Start it and return; follow it with `vasto operation show`
-    #[arg(long)]
-    pub no_wait: bool,
+    #[command(flatten)]
+    pub start: Start,
 }
 
 /// `vasto keyspace restore`
@@ -178,10 +175,6 @@ pub(crate) struct KeyspaceRestore {
     /// Only tell what would be read, what it takes, and whether it would be refused
     #[arg(long, conflicts_with = "no_wait")]
     pub plan: bool,
-    /// The most bytes a second that all nodes together read and write at the bucket for this
-    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
-    pub max_rate: Option<u64>,
-    /// Start it and return; follow it with `vasto operation show`
-    #[arg(long)]
-    pub no_wait: bool,
+    #[command(flatten)]
+    pub start: Start,
 }

@@ -1,11 +1,22 @@
-//! `vasto operation`: the arguments of its commands.
+//! `vasto operation`: the arguments of its commands, and those of all commands that start one.
 //!
 //! Invariant: names and flags are a contract with scripts; they are added, never changed.
 
 use clap::{Args, Subcommand};
 
 use super::Connect;
-use super::parse::{RateBound, parse_rate_bound};
+use super::parse::{RateBound, parse_rate, parse_rate_bound};
+
+/// How an operation starts; the last flags of every command that starts one.
+#[derive(Debug, Args)]
+pub(crate) struct Start {
+    /// The most bytes a second that all nodes together read and write at the bucket for this
+    #[arg(long, value_name = "BYTES", value_parser = parse_rate)]
+    pub max_rate: Option<u64>,
+    /// Start it and return; follow it with `vasto operation show`
+    #[arg(long)]
+    pub no_wait: bool,
+}
 
 /// `vasto operation`
 #[derive(Debug, Args)]
