@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vasto_client::answer::{ChangeCost, ChangePlan, ChangeRequests, NodeDisk};
+use vasto_client::answer::{ChangeCost, ChangePlan, ChangeRequests, NodeDisk, RebalancePlan};
 
 use super::text;
 use crate::output::{format_bytes, format_count, format_duration, table};
@@ -22,24 +22,35 @@ pub(super) fn text_of(plan: &ChangePlan) -> String {
     let headings = ["KEYSPACE", ">SHARD", "NODE", ">KEYS", ">BYTES", ">BYTES TO MOVE"];
     let out = format!("{}; nothing was changed\n\n{}", heading(plan), table(&headings, rows));
     let (moved, read) = (format_bytes(plan.bytes_moved), format_bytes(plan.bytes_from_bucket));
-    let takes = Takes {
-        disk: &plan.disk_needed,
-        requests: plan.requests,
-        seconds: plan.seconds,
-        cost: &plan.cost,
-        refused: plan.refused.as_deref(),
-    };
-    out + &takes.text(&format!("{moved} to the targets, {read} from the bucket"))
+    out + &Takes::from(plan).text(&format!("{moved} to the targets, {read} from the bucket"))
 }
 
 /// What any change takes.
 pub(super) struct Takes<'a> {
-    pub(super) disk: &'a [NodeDisk],
-    pub(super) requests: ChangeRequests,
-    pub(super) seconds: f64,
-    pub(super) cost: &'a ChangeCost,
-    pub(super) refused: Option<&'a str>,
+    disk: &'a [NodeDisk],
+    requests: ChangeRequests,
+    seconds: f64,
+    cost: &'a ChangeCost,
+    refused: Option<&'a str>,
 }
+
+macro_rules! takes_of {
+    ($($plan:ty),*) => {$(
+        impl<'a> From<&'a $plan> for Takes<'a> {
+            fn from(plan: &'a $plan) -> Self {
+                Self {
+                    disk: &plan.disk_needed,
+                    requests: plan.requests,
+                    seconds: plan.seconds,
+                    cost: &plan.cost,
+                    refused: plan.refused.as_deref(),
+                }
+            }
+        }
+    )*};
+}
+
+takes_of!(ChangePlan, RebalancePlan);
 
 impl Takes<'_> {
     /// Formats the disk that is needed meanwhile, the sum, whose bytes are `all`, and why the change

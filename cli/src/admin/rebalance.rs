@@ -50,14 +50,7 @@ fn estimate(plan: &RebalancePlan) -> String {
     out += &steps("MOVES FROM", &plan.moves);
     out += &steps("PRIMARY FROM", &plan.primaries);
     let all = format!("{} from the bucket", format_bytes(plan.bytes_from_bucket));
-    let takes = Takes {
-        disk: &plan.disk_needed,
-        requests: plan.requests,
-        seconds: plan.seconds,
-        cost: &plan.cost,
-        refused: plan.refused.as_deref(),
-    };
-    out + &takes.text(&all)
+    out + &Takes::from(plan).text(&all)
 }
 
 /// Formats steps of a plan; `from` heads the column of the nodes that give.
