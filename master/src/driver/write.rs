@@ -9,6 +9,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use rand::RngExt;
 use tracing::Instrument;
 use vasto_core::catalog::{Catalog, ReplicaMove};
@@ -17,6 +18,7 @@ use vasto_core::operation::operation_id;
 use vasto_core::plan::Step;
 use vasto_core::reconcile::{LeadershipChanges, leadership_changes_between, sealing_write_max};
 use vasto_failpoint::{Point, points};
+use vasto_shipping::catalog::encode_catalog;
 use vasto_shipping::{CatalogError, CatalogWrite};
 use vasto_trace::{OpenSpan, OperationTrace};
 
@@ -71,8 +73,9 @@ impl KeyspaceDriver {
     async fn write_traced(&mut self, next: Catalog, traces: &[OperationTrace]) -> Written {
         let started = Instant::now();
         let version = next.version;
-        let spans = begin_put(&next, traces);
-        let put = self.cluster.shutdown.run_until_cancelled(self.put(&next)).await;
+        let body = encode_catalog(&next);
+        let spans = begin_put(&next, body.len() as u64, traces);
+        let put = self.cluster.shutdown.run_until_cancelled(self.put(&next, body)).await;
         end_put(spans, put.as_ref());
         match put {
             None => Written::Stopping,
@@ -100,11 +103,15 @@ impl KeyspaceDriver {
     }
 
     /// Puts a version into the bucket, between the failpoints of its step.
-    async fn put(&self, next: &Catalog) -> Result<CatalogWrite, Box<dyn Error + Send + Sync>> {
+    async fn put(
+        &self,
+        next: &Catalog,
+        body: Bytes,
+    ) -> Result<CatalogWrite, Box<dyn Error + Send + Sync>> {
         let known = self.known();
         let (before, after) = failpoints_of(known.as_deref(), next);
         vasto_failpoint::at(before, next.keyspace, ReplicaId(0)).await?;
-        let written = self.cluster.store.write(next).await?;
+        let written = self.cluster.store.write_body(next, body).await?;
         vasto_failpoint::at(after, next.keyspace, ReplicaId(0)).await?;
         Ok(written)
     }
@@ -229,15 +236,14 @@ impl KeyspaceDriver {
     }
 }
 
-/// Begins the spans of the write of a version, one for each operation that it concerns.
-fn begin_put(next: &Catalog, traces: &[OperationTrace]) -> Vec<OpenSpan> {
+/// Begins the spans of the write of a version, of so many bytes, one for each operation that it
+/// concerns.
+fn begin_put(next: &Catalog, bytes: u64, traces: &[OperationTrace]) -> Vec<OpenSpan> {
     let begin = |trace: &OperationTrace| {
         let mut span = trace.begin("bucket put");
         span.set("vasto.what", "catalog version");
         span.set("vasto.keyspace", next.name.clone());
         span.count("vasto.version", next.version.0);
-        // As the body of the object has them, but for its envelope.
-        let bytes = serde_json::to_vec(next).map_or(0, |body| body.len() as u64);
         span.count("vasto.bytes_to_bucket", bytes);
         span
     };

@@ -54,16 +54,19 @@ impl CatalogStore {
     /// # Errors
     /// After an error the outcome is unknown: find the tip and compare its nonce.
     pub async fn write(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
-        self.write_document(catalog, catalog).await
+        self.write_body(catalog, encode_catalog(catalog)).await
     }
 
-    /// Writes one version as this document, from which readers make it.
-    pub(super) async fn write_document<T: Serialize>(
+    /// Writes one version as [`Self::write`] does, whose body the caller has made (`encode_catalog`).
+    ///
+    /// # Errors
+    /// As of [`Self::write`].
+    pub async fn write_body(
         &self,
         catalog: &Catalog,
-        document: &T,
+        body: Bytes,
     ) -> Result<CatalogWrite, CatalogError> {
-        match self.claim_or_find(catalog, document).await? {
+        match self.claim_or_find(catalog, body).await? {
             // Nobody writes a version before the one before it is there.
             (CatalogWrite::Won, true) => return Ok(CatalogWrite::Won),
             (CatalogWrite::Won, false) => {}
@@ -149,18 +152,18 @@ impl CatalogStore {
 
     /// Creates the version; the nonce decides whether an existing object is the caller's.
     pub(super) async fn claim(&self, catalog: &Catalog) -> Result<CatalogWrite, CatalogError> {
-        self.claim_or_find(catalog, catalog).await.map(|(written, _)| written)
+        let claimed = self.claim_or_find(catalog, encode_catalog(catalog)).await;
+        claimed.map(|(written, _)| written)
     }
 
-    /// Does the same as [`Self::claim`] with this document, and returns true when the version was
+    /// Does the same as [`Self::claim`] with this body, and returns true when the version was
     /// not there before this call.
-    async fn claim_or_find<T: Serialize>(
+    async fn claim_or_find(
         &self,
         catalog: &Catalog,
-        document: &T,
+        body: Bytes,
     ) -> Result<(CatalogWrite, bool), CatalogError> {
         let key = layout::catalog_version(catalog.keyspace, catalog.version);
-        let body = envelope::encode(CATALOG, document);
         let (created, is_new) = self.bucket.create_or_find(&key, body).await?;
         let Create::Exists(existing) = created else { return Ok((CatalogWrite::Won, is_new)) };
         let existing = read_catalog(&key, &existing, catalog.keyspace, catalog.version)?;
@@ -242,7 +245,7 @@ pub(super) fn read_catalog(
     Ok(catalog)
 }
 
-/// Encodes one version as an object; for tools and tests.
+/// Encodes one version as an object.
 pub fn encode_catalog(catalog: &Catalog) -> Bytes {
     envelope::encode(CATALOG, catalog)
 }

@@ -9,7 +9,7 @@ use vasto_core::{CatalogVersion, KeyspaceId};
 
 use super::error::CatalogError;
 use super::store::{CATALOG, CatalogStore, CatalogWrite, decode, read_catalog};
-use crate::layout;
+use crate::{envelope, layout};
 
 /// A version as it stands in the bucket.
 #[derive(Debug, Clone, PartialEq)]
@@ -70,7 +70,7 @@ impl CatalogStore {
         stored: &StoredCatalog,
         next: &Catalog,
     ) -> Result<CatalogWrite, CatalogError> {
-        self.write_document(next, &stored.followed_by(next)).await
+        self.write_body(next, envelope::encode(CATALOG, &stored.followed_by(next))).await
     }
 }
 
