@@ -45,7 +45,7 @@ soak: ## the same storms, histories, outages and resizes for hours instead of mi
 	@scripts/setup.sh test
 	@scripts/take-turn.sh
 	VASTO_LINEAR_SECONDS=240 VASTO_STORM_KILLS=200 VASTO_BUCKET_KILLS=150 VASTO_RESIZES=300 VASTO_GROWS=21 VASTO_FULL_WRITES=100 VASTO_MOMENTS=100 VASTO_TEST_OUTAGE=24x48 \
-	VASTO_TEST_KEYSPACES=300 VASTO_TEST_THOUSAND=1000 VASTO_MODEL=full VASTO_MATRIX=all VASTO_STANDSTILL=60 VASTO_ESTIMATED_ROWS=100000 \
+	VASTO_TEST_KEYSPACES=300 VASTO_TEST_THOUSAND=1000 VASTO_MODEL=full VASTO_MATRIX=all VASTO_STANDSTILL=60 VASTO_ESTIMATED_ROWS=400000 \
 	cargo nextest run $(selection) --no-fail-fast --config-file .config/soak.toml \
 	    -E 'package(vasto-tests) & test(/^(linearizable|storm|bucket_kills|full_writes|grows|undone|resizes|outage|many_replicas|matrix|thousand|estimates)::/) |
 	        binary(lease_model) | test(moments)'

@@ -5,6 +5,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use vasto_client::Keyspace;
 
+/// Keys that are read together.
+const READ_TOGETHER: usize = 10_000;
+
 /// Writes `<prefix><0..count>`, each with a value that only this key has.
 ///
 /// # Errors
@@ -36,5 +39,10 @@ pub async fn put_each(
 /// When a read fails.
 pub async fn missing(keyspace: &Keyspace, prefix: &str, count: u64) -> Result<usize> {
     let names: Vec<String> = (0..count).map(|n| format!("{prefix}{n}")).collect();
-    Ok(keyspace.get_many(&names).await?.iter().filter(|value| value.is_none()).count())
+    let mut missing = 0;
+    // Of many keys, the values take a lot of memory.
+    for some in names.chunks(READ_TOGETHER) {
+        missing += keyspace.get_many(some).await?.iter().filter(|value| value.is_none()).count();
+    }
+    Ok(missing)
 }

@@ -15,6 +15,10 @@ pub struct Stored {
     pub checkpoint_bytes: u64,
     /// Number of these SSTs.
     pub checkpoint_files: u64,
+    /// Bytes of these SSTs that are not in the bucket, as the last manifest there names its files;
+    /// `None` while that is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unshipped_bytes: Option<u64>,
     /// Bytes of what no band has in files of its own: memtables, and SSTs of several bands, of
     /// which a reader of one band has to take all.
     pub crossing_bytes: u64,

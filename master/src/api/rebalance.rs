@@ -37,8 +37,9 @@ pub(crate) async fn rebalance(cluster: &Arc<Cluster>, request: v1::RebalanceRequ
     }
     let moves = moves(cluster).await?;
     if request.plan_only {
-        let prices = &cluster.settings.prices;
-        return Ok(json(&plan(&cluster.state(), &moves, max_rate, prices)));
+        let settings = &cluster.settings;
+        let (at_once, prices) = (settings.moves_at_once, &settings.prices);
+        return Ok(json(&plan(&cluster.state(), &moves, at_once, max_rate, prices)));
     }
     if moves.is_empty() {
         return Ok(json(&Sorted(balanced(now_us()))));

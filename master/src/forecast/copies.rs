@@ -12,7 +12,7 @@ use vasto_core::reconcile::concerns;
 use vasto_core::report::ReplicaReport;
 use vasto_shipping::Weight;
 
-use super::size::{database_list_bytes, gets, puts};
+use super::size::{database_list_bytes, gets, puts, unshipped};
 use super::time::{COPY, LEAVE, Paces};
 use super::{Forecast, Source};
 use crate::placement::Shut;
@@ -78,7 +78,7 @@ pub(crate) fn drain(
             let source = source_of(state, keyspace, shard);
             let weight = weighed.get(&(then.keyspace, shard.shard));
             let copy = Copying { keyspace, shard, source, weight, to, leaving: drain.node };
-            reads.entry(then.keyspace).or_default().add(copy.add_to(&mut part, paces));
+            copy.add_to(&mut part, reads.entry(then.keyspace).or_default(), paces);
             if let Some(to) = to {
                 let of_node: &mut (usize, u64) = taken.entry(to).or_default();
                 let bytes = part.sources.last().map_or(0, |source| source.moves);
@@ -87,38 +87,37 @@ pub(crate) fn drain(
         }
         all.parts.insert(then.keyspace, part);
     }
-    if let Some(max_rate) = paces.max_rate() {
-        all.parts.iter_mut().for_each(|(id, part)| share_rate(part, *id, &reads, max_rate));
-    }
+    all.parts.iter_mut().for_each(|(id, part)| share(part, *id, &reads, paces.max_rate()));
     all
 }
 
-/// What copies read from the bucket.
-#[derive(Debug, Clone, Copy, Default)]
+/// What the copies of a keyspace read from the bucket.
+#[derive(Debug, Clone, Default)]
 struct Read {
     bytes: f64,
-    /// How long that takes by itself.
-    seconds: f64,
+    /// How long each node takes by itself.
+    seconds: BTreeMap<NodeId, f64>,
 }
 
-impl Read {
-    fn add(&mut self, other: Self) {
-        self.bytes += other.bytes;
-        self.seconds += other.seconds;
-    }
-}
-
-/// Adds the time for which a keyspace is held back by the rate that all keyspaces of the drain
-/// share: while it reads, each of the others reads as much, or all that it has to.
-fn share_rate(
+/// Adds the time for which a keyspace is held back by the others: by those that read at the same
+/// nodes, whose rates are those of all their work together, and by the rate that all of the drain
+/// share. While it reads, each of the others reads as much, or all that it has to.
+fn share(
     part: &mut Forecast,
     keyspace: KeyspaceId,
     reads: &BTreeMap<KeyspaceId, Read>,
-    max_rate: f64,
+    max_rate: Option<f64>,
 ) {
-    let own = reads.get(&keyspace).copied().unwrap_or_default();
+    let Some(own) = reads.get(&keyspace) else { return };
+    let alone: f64 = own.seconds.values().sum();
+    let with_others = |(node, seconds): (&NodeId, &f64)| {
+        let all = reads.values().filter_map(|one| one.seconds.get(node));
+        all.map(|theirs| theirs.min(*seconds)).sum::<f64>()
+    };
+    let at_nodes: f64 = own.seconds.iter().map(with_others).sum();
     let meanwhile: f64 = reads.values().map(|other| other.bytes.min(own.bytes)).sum();
-    part.seconds += (meanwhile / max_rate - own.seconds).max(0.0);
+    let within_rate = max_rate.map_or(0.0, |max_rate| meanwhile / max_rate);
+    part.seconds += (at_nodes.max(within_rate) - alone).max(0.0);
 }
 
 /// Returns the shards of which no live replica can give a copy, so that only the bucket can.
@@ -167,10 +166,6 @@ impl Copied {
                 unshipped: 0.0,
             };
         };
-        let shipped = match report.lsn.0 {
-            0 => 0.0,
-            lsn => (report.manifest_lsn.0 as f64 / lsn as f64).min(1.0),
-        };
         let (bytes, objects) = match &report.stored {
             Some(stored) => {
                 let list = database_list_bytes(stored.checkpoint_files as f64);
@@ -179,13 +174,13 @@ impl Copied {
             }
             None => (report.bytes as f64, gets(report.bytes) + 1),
         };
-        Self { bytes, objects, unshipped: bytes * (1.0 - shipped) }
+        Self { bytes, objects, unshipped: unshipped(report, bytes) }
     }
 }
 
 impl Copying<'_> {
-    /// Adds this replica to the part of its keyspace; returns what it reads.
-    fn add_to(&self, part: &mut Forecast, paces: &Paces) -> Read {
+    /// Adds this replica to the part of its keyspace, and to what that reads.
+    fn add_to(&self, part: &mut Forecast, read: &mut Read, paces: &Paces) {
         let Self { keyspace, shard, source, weight, to, leaving } = *self;
         let copied = Copied::of(source, weight);
         let bytes = copied.bytes.round() as u64;
@@ -214,12 +209,12 @@ impl Copying<'_> {
         part.puts += 2 + puts(copied.unshipped.round() as u64) + by_target;
         let (from, at) = (paces.at(node), paces.at(to));
         let seconds = paces.downloads(at, copied.bytes, copied.objects);
-        let read = Read { bytes: copied.bytes, seconds };
-        part.seconds += paces.fixed(COPY) + copied.unshipped / from.upload + read.seconds;
+        part.seconds += paces.fixed(COPY) + copied.unshipped / from.upload + seconds;
+        read.bytes += copied.bytes;
         if let Some(to) = to {
             *part.disk.entry(to).or_default() += bytes;
+            *read.seconds.entry(to).or_default() += seconds;
         }
-        read
     }
 }
 

@@ -1,18 +1,48 @@
 //! The forecast of a rebalance: what its moves take, for `cluster rebalance --plan`.
 //!
 //! **Invariant:** pure, from the moves and the rates of the nodes. A replica is read as its files are, so each byte that
-//! moves is read once; what goes up is what a new shipper has not shipped yet.
+//! moves is read once; what goes up is what a new shipper has not shipped yet. Moves begin in their order, so many at a
+//! time; the replicas that a node gets meanwhile share its rate, and nothing else of a move waits for the other ones.
+
+use std::collections::BTreeMap;
 
 use vasto_core::balance::Move;
+use vasto_core::ids::NodeId;
 
 use super::Forecast;
 use super::size::{gets, puts};
-use super::time::{MOVE, Paces, SideBySide};
+use super::time::{MOVE, Paces};
 
-/// Returns the forecast of a rebalance that makes these moves; it names no sources.
-pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
+/// When moves begin and end, seconds from the beginning of the first.
+struct Schedule {
+    /// When each of the places becomes free.
+    free: Vec<f64>,
+    /// When each node has read what it was to read.
+    read: BTreeMap<NodeId, f64>,
+}
+
+impl Schedule {
+    fn new(at_once: usize) -> Self {
+        Self { free: vec![0.0; at_once.max(1)], read: BTreeMap::new() }
+    }
+
+    /// Adds a move to a node, which works on it for so long, beside so much that waits for nobody.
+    fn add(&mut self, to: NodeId, works: f64, waits: f64) {
+        let Some(place) = self.free.iter_mut().min_by(|a, b| a.total_cmp(b)) else { return };
+        let read = self.read.entry(to).or_default();
+        *read = read.max(*place) + works;
+        *place = *read + waits;
+    }
+
+    fn seconds(&self) -> f64 {
+        self.free.iter().copied().fold(0.0, f64::max)
+    }
+}
+
+/// Returns the forecast of a rebalance that makes these moves, so many at a time; it names no sources.
+pub(crate) fn moves(moves: &[Move], at_once: usize, paces: &Paces) -> Forecast {
     let mut forecast = Forecast::default();
-    let mut at_nodes = SideBySide::default();
+    let mut schedule = Schedule::new(at_once);
     for made in moves {
         match *made {
             Move::Replica { to, bytes, .. } => {
@@ -23,16 +53,15 @@ pub(crate) fn moves(moves: &[Move], paces: &Paces) -> Forecast {
                 forecast.puts += 2;
                 *forecast.disk.entry(to).or_default() += bytes;
                 let reads = paces.downloads(paces.at(Some(to)), bytes as f64, 1 + gets(bytes));
-                let seconds = paces.fixed(MOVE) + reads;
-                at_nodes.add(Some(to), seconds);
+                schedule.add(to, reads, paces.fixed(MOVE));
             }
             Move::Primary { to, bytes, .. } => {
                 forecast.puts += 1 + puts(bytes);
-                at_nodes.add(Some(to), bytes as f64 / paces.at(Some(to)).upload);
+                schedule.add(to, bytes as f64 / paces.at(Some(to)).upload, 0.0);
             }
         }
     }
-    forecast.seconds = at_nodes.seconds();
+    forecast.seconds = schedule.seconds();
     // All moves together have the rate.
     if let Some(max_rate) = paces.max_rate().filter(|_| forecast.bytes_from_bucket > 0) {
         let reading = forecast.bytes_from_bucket as f64 / max_rate;
@@ -50,7 +79,7 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     #[test]
-    fn nodes_that_are_filled_side_by_side_take_as_long_as_the_slowest() {
+    fn moves_side_by_side_take_as_long_as_the_slowest_node() {
         let (keyspace, shard, replica, from) = (KeyspaceId(1), ShardId(0), ReplicaId(1), NodeId(1));
         let to = |to: u64, mib: u64| Move::Replica {
             keyspace,
@@ -63,18 +92,21 @@ mod tests {
         let primary =
             Move::Primary { keyspace, shard, replica, from, to: NodeId(2), bytes: 16 * MIB };
         let made = [to(4, 100), to(5, 50), to(4, 100), primary];
-        let forecast = moves(&made, &Paces::default());
+        let forecast = moves(&made, 4, &Paces::default());
         assert_eq!((forecast.bytes_moved, forecast.bytes_from_bucket), (250 * MIB, 250 * MIB));
         assert_eq!(forecast.gets, (1 + 13) + (1 + 7) + (1 + 13));
         assert_eq!(forecast.puts, 3 * 2 + (1 + 1));
         assert_eq!(forecast.disk[&NodeId(4)], 200 * MIB);
-        // At the assumed 200 MiB a second.
-        assert_eq!(forecast.seconds, 2.0 * 3.0 + 1.0);
+        // At the assumed 200 MiB a second: node 4 reads both of its replicas at that rate.
+        assert_eq!(forecast.seconds, 1.0 + 3.0);
+        let one = |at_once: usize| moves(&made, at_once, &Paces::default()).seconds;
+        assert_eq!(one(1), (0.5 + 3.0) + (0.25 + 3.0) + (0.5 + 3.0) + 0.08, "one after the other");
+        assert_eq!(one(2), 3.25 + 0.5 + 3.0, "the third begins when the second has ended");
         let at = |mib: u64| Paces::default().at_most(Some(mib * MIB));
-        assert_eq!(moves(&made, &at(10)).seconds, 3.0 + 25.0, "all of them share it");
-        assert_eq!(moves(&made, &at(1_000)).seconds, forecast.seconds);
-        assert_eq!(moves(&[primary], &at(1)).seconds, 16.0 / 200.0, "a checkpoint never waits");
-        assert_eq!(moves(&[], &at(1)).seconds, 0.0);
-        assert_eq!(moves(&[], &Paces::default()), Forecast::default());
+        assert_eq!(moves(&made, 4, &at(10)).seconds, 3.0 + 25.0, "all of them share it");
+        assert_eq!(moves(&made, 4, &at(1_000)).seconds, forecast.seconds);
+        assert_eq!(moves(&[primary], 4, &at(1)).seconds, 16.0 / 200.0, "a checkpoint never waits");
+        assert_eq!(moves(&[], 4, &at(1)).seconds, 0.0);
+        assert_eq!(moves(&[], 4, &Paces::default()), Forecast::default());
     }
 }

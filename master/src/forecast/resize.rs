@@ -13,7 +13,7 @@ use vasto_core::plan::Plan;
 use vasto_core::record::BandRange;
 use vasto_core::report::{ReplicaReport, Reports};
 
-use super::size::{export_manifest_bytes, gets, manifest_bytes, puts, tables};
+use super::size::{export_manifest_bytes, gets, manifest_bytes, puts, tables, unshipped};
 use super::time::{GROW, Paces, SHRINK, SideBySide};
 use super::{Forecast, Source};
 
@@ -265,10 +265,7 @@ impl Gives {
             None => by_the_hash(catalog, replica, shape.leaving, keys, bytes),
         };
         let moves: f64 = bands.iter().map(|amount| amount.bytes).sum();
-        let checkpoint = stored.map_or(bytes, |stored| stored.checkpoint_bytes);
-        let shipped = report
-            .filter(|report| report.lsn.0 > 0)
-            .map_or(0.0, |report| (report.manifest_lsn.0 as f64 / report.lsn.0 as f64).min(1.0));
+        let checkpoint = stored.map_or(bytes, |stored| stored.checkpoint_bytes) as f64;
         Self {
             source: Source {
                 keyspace: catalog.name.clone(),
@@ -283,7 +280,7 @@ impl Gives {
             table: stored.map_or(0.0, |stored| stored.table_bytes as f64),
             crossing: stored.map_or(0.0, |stored| stored.crossing_bytes as f64),
             files: stored.map_or(0.0, |stored| stored.checkpoint_files as f64),
-            unshipped: checkpoint as f64 * (1.0 - shipped),
+            unshipped: report.map_or(checkpoint, |report| unshipped(report, checkpoint)),
         }
     }
 
@@ -341,7 +338,7 @@ impl Gives {
     fn puts(&self, shape: Shape) -> u64 {
         // A manifest and the list of the database, and the same of an export.
         let export = if shape.exports() { 1 + puts(self.source.moves) } else { 0 };
-        2 + puts(self.unshipped.round() as u64) + export
+        2 + puts(self.uploads(shape).round() as u64) + export
     }
 
     /// Returns how long the source works, whose node shares the rate with others.
@@ -353,7 +350,15 @@ impl Gives {
             (false, true) => moves / rates.rewrite,
             (false, false) => 0.0,
         };
-        first + self.unshipped / rates.upload
+        first + self.uploads(shape) / rates.upload
+    }
+
+    /// Returns the bytes that its checkpoint uploads; bands that it rewrites first are in new files.
+    fn uploads(&self, shape: Shape) -> f64 {
+        match self.rewrites(shape) {
+            true => self.unshipped.max(self.source.moves as f64),
+            false => self.unshipped,
+        }
     }
 }
 

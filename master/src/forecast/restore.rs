@@ -12,7 +12,7 @@ use vasto_core::report::ReplicaReport;
 use vasto_shipping::Weight;
 
 use super::copies::Weighed;
-use super::size::{database_list_bytes, gets, puts};
+use super::size::{database_list_bytes, gets, puts, unshipped};
 use super::time::{Paces, RESTORE, SideBySide};
 use super::{Forecast, Source};
 use crate::state::ClusterState;
@@ -117,10 +117,6 @@ fn weight_of(report: &ReplicaReport) -> (Weight, f64) {
         }
         None => (gets(report.bytes) + 1, report.bytes),
     };
-    let shipped = match report.lsn.0 {
-        0 => 0.0,
-        lsn => (report.manifest_lsn.0 as f64 / lsn as f64).min(1.0),
-    };
     let weight = Weight { files, file_bytes: bytes, ..Weight::default() };
-    (weight, bytes as f64 * (1.0 - shipped))
+    (weight, unshipped(report, bytes as f64))
 }

@@ -40,9 +40,9 @@ pub(super) struct Fixed {
 }
 
 /// Of a grow, from its first version to its last.
-pub(super) const GROW: Fixed = Fixed { seconds: 1.0, requests: 12.0 };
+pub(super) const GROW: Fixed = Fixed { seconds: 0.6, requests: 12.0 };
 /// Of a shrink, which agrees on a floor first.
-pub(super) const SHRINK: Fixed = Fixed { seconds: 1.0, requests: 14.0 };
+pub(super) const SHRINK: Fixed = Fixed { seconds: 0.6, requests: 14.0 };
 /// Of one more replica, and of a replica that leaves then.
 pub(super) const COPY: Fixed = Fixed { seconds: 1.0, requests: 8.0 };
 pub(super) const LEAVE: Fixed = Fixed { seconds: 1.0, requests: 3.0 };
@@ -182,8 +182,8 @@ mod tests {
     #[test]
     fn a_slow_bucket_makes_every_step_longer() {
         let slow = Paces { request: 0.2, ..Paces::default() };
-        assert_eq!(Paces::default().fixed(GROW), 1.0);
-        assert!((slow.fixed(GROW) - 3.4).abs() < 1e-9, "{}", slow.fixed(GROW));
+        assert_eq!(Paces::default().fixed(GROW), 0.6);
+        assert!((slow.fixed(GROW) - 3.0).abs() < 1e-9, "{}", slow.fixed(GROW));
         let second = ASSUMED.download;
         assert!((slow.downloads(ASSUMED, second, 10) - 1.0).abs() < 1e-9, "the bytes take longer");
         assert!(

@@ -160,14 +160,16 @@ struct SourceDoc {
     bytes: u64,
 }
 
-/// Returns the plan of a rebalance that makes these moves, at this bound of its rate.
+/// Returns the plan of a rebalance that makes these moves, so many at a time, at this bound of its
+/// rate.
 pub(crate) fn plan(
     state: &ClusterState,
     moves: &[Move],
+    at_once: usize,
     max_rate: Option<u64>,
     prices: &Prices,
 ) -> RebalancePlanDoc {
-    let forecast = forecast_of(moves, &Paces::of(state).at_most(max_rate));
+    let forecast = forecast_of(moves, at_once, &Paces::of(state).at_most(max_rate));
     let name = |keyspace: KeyspaceId| {
         state.keyspaces.get(&keyspace).map(|keyspace| keyspace.catalog.name.clone())
     };

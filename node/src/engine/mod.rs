@@ -44,7 +44,7 @@ pub(crate) use scratch::{BandRows, ImportFile, Scratch};
 pub(crate) use tables::{TableRun, TableSet, WrittenTable};
 #[cfg(test)]
 pub(crate) use trial::BandFiles;
-pub(crate) use trial::Files;
+pub(crate) use trial::{Files, Tables};
 
 /// Error of the database.
 #[derive(Debug, Clone, thiserror::Error)]

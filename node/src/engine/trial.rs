@@ -4,7 +4,7 @@
 //! **Invariant:** nothing is written to the disk, and the block cache stays as it is.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use rocksdb::{Cache, DBCompressionType, Env, Options, SstFileWriter};
 use vasto_core::Band;
@@ -42,6 +42,9 @@ pub(crate) struct BandFiles {
     pub(crate) settled_files: u64,
 }
 
+/// SSTs by number and size.
+pub(crate) type Tables = HashSet<(u64, u64)>;
+
 /// The contents of a database by where they are. An entry counts once for each version that is not
 /// compacted away yet.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -55,6 +58,13 @@ pub(crate) struct Files {
     /// All SSTs.
     pub(crate) files: u64,
     pub(crate) bytes: u64,
+    /// The number and the size of each.
+    pub(crate) tables: Vec<(u64, u64)>,
+}
+
+/// Returns the number of an SST by its name in the list of live files.
+fn number_of(name: &str) -> Option<u64> {
+    name.trim_start_matches('/').strip_suffix(".sst")?.parse().ok()
 }
 
 fn row_bytes((key, value): &Row) -> u64 {
@@ -123,6 +133,7 @@ impl Engine {
             let bytes = file.size as u64;
             all.files += 1;
             all.bytes += bytes;
+            all.tables.extend(number_of(&file.name).map(|number| (number, bytes)));
             let (Some(first), Some(last)) =
                 (first_byte(file.start_key.as_deref()), first_byte(file.end_key.as_deref()))
             else {

@@ -11,8 +11,10 @@ use vasto_core::stored::Stored;
 
 use super::Host;
 use super::shared::Shared;
+use crate::engine::Tables;
 use crate::replica::Replica;
 use crate::replica::size::SizeVersion;
+use crate::ship::ShipHandle;
 
 /// Maximum age of the reported size of a replica.
 const SIZE_AGE: Duration = Duration::from_millis(400);
@@ -35,7 +37,7 @@ impl Host {
     /// Returns a cached size while it is fresh: a busy tail causes hundreds of reports a second,
     /// too many to scan all files. A new checkpoint always refreshes it, so that a report that
     /// shows the checkpoint shows its size too.
-    fn size_of(&self, replica: &Replica, manifest: Lsn) -> KnownSize {
+    fn size_of(&self, replica: &Replica, manifest: Lsn, named: Option<&Tables>) -> KnownSize {
         let mut size = self.size.lock();
         let is_fresh = |known: &&KnownSize| {
             let age = known.at.elapsed();
@@ -47,7 +49,7 @@ impl Host {
             return known.clone();
         }
         let version = replica.size_version();
-        let (keys_and_bytes, stored) = (replica.size(), replica.stored_by_band());
+        let (keys_and_bytes, stored) = (replica.size(), replica.stored_by_band(named));
         let known = KnownSize { at: Instant::now(), manifest, version, keys_and_bytes, stored };
         size.insert(known).clone()
     }
@@ -104,8 +106,9 @@ impl Host {
             target.manifest_shipped |= report.manifest_lsn.0 > 0;
         }
         if let Some(replica) = self.hosted() {
+            let named = status.ship.as_ref().and_then(ShipHandle::named);
             let KnownSize { keys_and_bytes, stored, .. } =
-                self.size_of(&replica, report.manifest_lsn);
+                self.size_of(&replica, report.manifest_lsn, named.as_deref());
             report.incarnation = replica.incarnation();
             report.version = replica.version();
             report.lsn = replica.settled_lsn();

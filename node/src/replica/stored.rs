@@ -25,7 +25,7 @@ use vasto_core::stored::{BandSize, Stored};
 
 use super::handle::Replica;
 use super::shared::Trial;
-use crate::engine::{Engine, EngineError, Files};
+use crate::engine::{Engine, EngineError, Files, Tables};
 
 /// Rows of a trial, and their bytes.
 const TRIED_ROWS: usize = 4_000;
@@ -95,14 +95,24 @@ impl Replica {
         }))
     }
 
-    /// Returns the contents by band; `None` before the first trial. As cheap as a list of the files.
-    pub(crate) fn stored_by_band(&self) -> Option<Stored> {
+    /// Returns the contents by band, and what of them is not in the bucket, given the files that the
+    /// last manifest names; `None` before the first trial. As cheap as a list of the files.
+    pub(crate) fn stored_by_band(&self, named: Option<&Tables>) -> Option<Stored> {
         let trial = self.shared.trials.lock().last?;
         let files = self.shared.engine.files_by_band().ok()?;
         let in_memory = files.in_memory.saturating_sub(self.metadata_in_memory());
         let owned: Vec<Band> = self.ranges().owned().collect();
-        Some(by_band(&files, in_memory, &trial, &owned))
+        let stored = by_band(&files, in_memory, &trial, &owned);
+        let flushed = stored.checkpoint_bytes - files.bytes;
+        let unshipped_bytes = named.map(|named| flushed + not_in(named, &files));
+        Some(Stored { unshipped_bytes, ..stored })
     }
+}
+
+/// Returns the bytes of the SSTs that are not among these.
+fn not_in(named: &Tables, files: &Files) -> u64 {
+    let others = files.tables.iter().filter(|table| !named.contains(*table));
+    others.map(|(_, bytes)| bytes).sum()
 }
 
 /// Returns the stored entries of data.
@@ -147,6 +157,7 @@ fn by_band(files: &Files, in_memory: u64, trial: &Trial, owned: &[Band]) -> Stor
     Stored {
         checkpoint_bytes: files.bytes + flushed,
         checkpoint_files: files.files + u64::from(in_memory > 0),
+        unshipped_bytes: None,
         crossing_bytes: files.crossing_bytes + flushed,
         table_bytes: trial.table,
         bands: Band::all().map(size_of).filter(|size| size.rows > 0).collect(),
@@ -211,6 +222,13 @@ mod tests {
         assert!(rows(&twice, 500).abs_diff(1_500) < 30, "what came since is new");
         let once = Files { bands: [(Band(1), settled(1_000, 51_000))].into(), ..Files::default() };
         assert_eq!(rows(&once, 0), 1_000);
+    }
+
+    #[test]
+    fn a_file_that_the_manifest_does_not_name_or_with_another_size_is_not_in_the_bucket() {
+        let files = Files { tables: vec![(3, 100), (4, 20), (9, 7)], ..Files::default() };
+        assert_eq!(not_in(&[(3, 100), (4, 21), (5, 1_000)].into(), &files), 27);
+        assert_eq!(not_in(&Tables::new(), &files), 127);
     }
 
     #[test]

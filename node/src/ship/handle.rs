@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 use vasto_core::ids::Lsn;
 use vasto_core::plan::PinnedManifest;
 use vasto_core::record::BandRange;
+use vasto_shipping::manifest::ManifestFile;
 
 use super::error::ShipError;
 use super::status::{Assignment, Duty, LogNeed, ShipStatus};
+use crate::engine::Tables;
 
 /// Receives the outcome of a request.
 pub(super) type Waiter<T> = oneshot::Sender<Result<T, ShipError>>;
@@ -39,6 +42,8 @@ pub(super) enum ShipRequest {
 pub(super) struct Uploads {
     bytes: AtomicU64,
     objects: AtomicU64,
+    /// The files that the last manifest names; `None` while that is not known.
+    named: Mutex<Option<Arc<Tables>>>,
 }
 
 impl Uploads {
@@ -46,6 +51,14 @@ impl Uploads {
     pub(super) fn add(&self, bytes: u64) {
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
         self.objects.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Records the files that the last manifest names; `None` when it is not known, or not trusted.
+    pub(super) fn name(&self, files: Option<&[ManifestFile]>) {
+        let tables = |files: &[ManifestFile]| -> Tables {
+            files.iter().map(|file| (file.file_number, file.bytes)).collect()
+        };
+        *self.named.lock() = files.map(|files| Arc::new(tables(files)));
     }
 }
 
@@ -126,6 +139,12 @@ impl ShipHandle {
     pub(crate) fn uploaded(&self) -> (u64, u64) {
         let Uploads { bytes, objects } = &*self.uploads;
         (bytes.load(Ordering::Relaxed), objects.load(Ordering::Relaxed))
+    }
+
+    /// Returns the files that need no second upload: those that the last manifest names; `None` while
+    /// that is not known.
+    pub(crate) fn named(&self) -> Option<Arc<Tables>> {
+        self.uploads.named.lock().clone()
     }
 
     /// Returns the LSN after which a running plan needs the log and the bucket does not hold it;

@@ -193,7 +193,7 @@ impl Checkpoints {
         let folder = Folder::new_in(&self.context.tmp);
         let under_way = UnderWay::new(std::mem::take(&mut self.anew));
         if under_way.anew {
-            self.last = None;
+            self.keep(None);
         }
         let order =
             Order { compact, last: chunks.state().manifest_lsn(), under_way: under_way.clone() };
@@ -321,9 +321,15 @@ impl Checkpoints {
         if let (None, Some(key)) = (&self.last, key) {
             let bytes = self.context.bucket.get(key).await?;
             // A missing or damaged manifest is no help: everything is uploaded.
-            self.last = bytes.and_then(|bytes| Manifest::decode(&bytes).ok());
+            self.keep(bytes.and_then(|bytes| Manifest::decode(&bytes).ok()));
         }
         Ok(())
+    }
+
+    /// Keeps the last manifest, whose files need no second upload.
+    fn keep(&mut self, last: Option<Manifest>) {
+        self.uploads.name(last.as_ref().map(|last| last.files.as_slice()));
+        self.last = last;
     }
 
     #[tracing::instrument(name = "publish a checkpoint", skip_all, fields(keyspace = self.context.replica.keyspace.0, shard = self.context.replica.shard.0))]
@@ -337,7 +343,8 @@ impl Checkpoints {
     ) -> Result<PinnedManifest, ShipError> {
         let age = self.uploaded.age_of(&files);
         if age > UPLOAD_STALL_MAX {
-            self.last = None; // what it names may have gone with the manifests that named it before
+            // What it names may have gone with the manifests that named it before.
+            self.keep(None);
             self.uploaded.forget();
             return Err(ShipError::Stalled(age));
         }
@@ -367,7 +374,7 @@ impl Checkpoints {
         );
         self.published = Some(Instant::now());
         self.uploaded.forget();
-        self.last = Some(manifest);
+        self.keep(Some(manifest));
         chunks.add_manifest(pinned.clone(), superseded)?;
         Ok(pinned)
     }
