@@ -8,8 +8,7 @@ use vasto_core::catalog::{Catalog, KeyspaceState, NodeDrain};
 use vasto_core::estimate::Estimate;
 use vasto_core::ids::{Lsn, NodeId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationOutcome, OperationReport};
-use vasto_core::plan::Plan;
-use vasto_core::reconcile::so_far;
+use vasto_core::reconcile::{drain_of_plan, so_far};
 use vasto_core::report::PauseMs;
 
 use super::plan::{RunningDoc, TroubleDoc, running};
@@ -146,10 +145,8 @@ fn progress(
             true => Some(format!("`vasto operation resume {id}`: it is paused")),
             false => waits,
         };
-        // What changes the number of shards is no part of it.
-        let copies = running_in
-            .iter()
-            .filter(|keyspace| keyspace.catalog.plan.as_ref().is_some_and(Plan::adds_member));
+        // What changes the number of shards is no part of it, nor is a repair.
+        let copies = running_in.iter().filter(|keyspace| copies_for(&keyspace.catalog, id));
         let parts: Vec<RunningDoc> = copies.filter_map(|keyspace| running(keyspace)).collect();
         let max_rate = drains.iter().find_map(|drain| drain.max_rate);
         let mut watches = running_in.iter().filter_map(|keyspace| keyspace.drains.get(id));
@@ -163,6 +160,12 @@ fn progress(
         Some(aborted) => ProgressDoc::Aborted { reason: aborted.reason.clone() },
         None => ProgressDoc::Done,
     }
+}
+
+/// Returns true when the running plan of a keyspace makes a replica for this drain.
+fn copies_for(catalog: &Catalog, id: &str) -> bool {
+    let drain = catalog.plan.as_ref().and_then(|plan| drain_of_plan(catalog, plan));
+    drain.is_some_and(|drain| drain.operation_id() == id)
 }
 
 /// Adds the estimates of the keyspaces; they are drained side by side.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 use super::cost::cost;
+use super::drain::drain;
 use super::estimate::{Asked, ShardsOrNode, estimate};
 use super::keyspace::{describe, summary};
 use super::operation::{OperationDoc, operations};
@@ -12,11 +13,12 @@ use crate::forecast::time::Paces;
 use crate::state::tests::{replica_report, two_nodes};
 use crate::state::{ClusterState, Delivery, Keyspace};
 use serde_json::{Value, json as value};
-use vasto_core::catalog::{Quarantine, RetiredReplica};
-use vasto_core::ids::{KeyspaceId, NodeId, PlanId};
+use vasto_core::catalog::{NodeDrain, Quarantine, RetiredReplica};
+use vasto_core::ids::{KeyspaceId, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, OperationOutcome, operation_id};
+use vasto_core::plan::{Plan, PlanKind, Step, Target};
 use vasto_core::reconcile::start_resize;
-use vasto_core::report::ReplicaPhase;
+use vasto_core::report::{ReplicaPhase, ReplicaReport, TargetProgress};
 use vasto_proto::v1;
 use vasto_shipping::{Prices, Usage};
 
@@ -174,6 +176,44 @@ fn an_estimate_adds_up() {
     assert_eq!(estimate["cost"], value!({"currency": "EUR", "amount": 0.097902}));
     // Beside 0.6 s, a fifth of 300 MiB is shipped first; 200 MiB are read, rewritten and shipped.
     assert_eq!(estimate["seconds"], 5.4);
+}
+
+#[test]
+fn a_drain_counts_the_bytes_of_its_own_copies_and_not_those_of_a_repair() {
+    let (mut state, _, second) = two_nodes();
+    let leaving = NodeDrain::new(NodeId(1), false, 20);
+    let copy = Target { shard: ShardId(0), replica: ReplicaId(3), node: NodeId(2) };
+    for (wanted, bytes) in [(2, 0), (1, 100)] {
+        // With two wanted, the shard lacks a replica whether or not the node is drained.
+        let mut next = state.keyspaces[&KS].catalog.next(30, 2);
+        next.spec.replicas = wanted;
+        next.draining_nodes = vec![leaving.clone()];
+        next.plan = Some(Plan {
+            id: PlanId(7),
+            kind: PlanKind::AddReplica { shard: ShardId(0) },
+            from_epoch: next.epoch,
+            started_at_us: 30,
+            step: Step::Tail,
+            sources: Vec::new(),
+            targets: vec![copy],
+            seals_undone: 0,
+            floor: None,
+            paused: false,
+            max_rate: None,
+            estimate: None,
+        });
+        let version = next.version.0;
+        state.install(next, Delivery::Push);
+        let progress = TargetProgress { bytes_total: 100, ..TargetProgress::new(PlanId(7)) };
+        let report = ReplicaReport {
+            shard: ShardId(0),
+            target: Some(progress),
+            ..replica_report(3, version)
+        };
+        state.report(NodeId(2), second, &v1::Report::default(), vec![report], 40);
+        let shown = parsed(&drain(&state, &leaving.operation_id(), 50).unwrap());
+        assert_eq!(shown["bytes_total"], bytes, "{shown}");
+    }
 }
 
 #[test]
