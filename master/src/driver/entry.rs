@@ -12,21 +12,33 @@ use vasto_core::plan::Step;
 
 use super::KeyspaceDriver;
 use crate::cluster::Cluster;
-use crate::state::Delivery;
+use crate::state::{ClusterState, Delivery};
 
 /// Installs a catalog version that is in the bucket, shows it as `delivery` says, and starts the
 /// driver of a new keyspace. Returns false when a higher version is known already.
 pub(crate) fn install(cluster: &Arc<Cluster>, catalog: Catalog, delivery: Delivery) -> bool {
+    install_and_look(cluster, catalog, delivery, |_| ()).0
+}
+
+/// Installs a version as [`install`] does, and looks at the state before anybody installs another
+/// one: of several drivers only the last sees that all have ended.
+pub(super) fn install_and_look<T>(
+    cluster: &Arc<Cluster>,
+    catalog: Catalog,
+    delivery: Delivery,
+    look: impl FnOnce(&ClusterState) -> T,
+) -> (bool, T) {
     let keyspace = catalog.keyspace;
     cluster.store.note_used(keyspace);
     let mut state = cluster.state();
     let (taken, requests) = state.install(catalog, delivery);
+    let seen = look(&state);
     if let Some(requests) = requests {
         let wake = state.keyspaces[&keyspace].wake.clone();
         drop(state);
         cluster.tasks.spawn(KeyspaceDriver::new(cluster.clone(), keyspace, wake, requests).run());
     }
-    taken
+    (taken, seen)
 }
 
 /// Adopts a version that another master wrote, or that was found at the start.

@@ -23,8 +23,8 @@ use vasto_shipping::{CatalogError, CatalogWrite};
 use vasto_trace::{OpenSpan, OperationTrace};
 
 use super::KeyspaceDriver;
-use super::entry::{adopt, install};
-use crate::state::Delivery;
+use super::entry::{adopt, install, install_and_look};
+use crate::state::{ClusterState, Delivery};
 use crate::trace::{Ended, concerned, drain_ended};
 
 /// First and longest pause between attempts at a bucket that fails.
@@ -207,25 +207,14 @@ impl KeyspaceDriver {
             );
             self.cluster.metrics.primaries_moved(changes);
         }
-        install(&self.cluster, next, delivery);
-        self.trace(ended);
-    }
-
-    /// Exports what a version has ended, once it is installed: the drain of a node ends with its
-    /// last keyspace.
-    fn trace(&self, ended: Vec<Ended>) {
         if !vasto_trace::is_enabled() {
+            install(&self.cluster, next, delivery);
             return;
         }
+        let (_, wholes) =
+            install_and_look(&self.cluster, next, delivery, |state| drains_ended(state, &ended));
         let cluster = self.cluster.cluster_id();
-        for one in ended {
-            let drain = match &one {
-                Ended::Drain(id, _) => drain_ended(&self.cluster.state(), id),
-                Ended::Step(..) | Ended::Whole(..) => None,
-            };
-            one.export(&cluster);
-            drain.into_iter().for_each(|whole| whole.export(&cluster));
-        }
+        ended.into_iter().chain(wholes).for_each(|one| one.export(&cluster));
     }
 
     pub(super) fn adopt(&self, tip: Catalog) {
@@ -234,6 +223,15 @@ impl KeyspaceDriver {
             tracing::info!(keyspace = name, %version, "adopted the tip of the catalog");
         }
     }
+}
+
+/// Returns the root spans of the drains of which the last keyspace is among what has ended.
+fn drains_ended(state: &ClusterState, ended: &[Ended]) -> Vec<Ended> {
+    let whole = |one: &Ended| match one {
+        Ended::Drain(id, _) => drain_ended(state, id),
+        Ended::Step(..) | Ended::Whole(..) => None,
+    };
+    ended.iter().filter_map(whole).collect()
 }
 
 /// Begins the spans of the write of a version, of so many bytes, one for each operation that it
