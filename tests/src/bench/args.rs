@@ -36,7 +36,7 @@ pub struct Args {
     /// Latency of clients during each kind of change, at half of the peak load and at all of it
     #[arg(long, help_heading = "Parts")]
     pub latency: bool,
-    /// Pauses, errors and losses of writers that write to the moving keys alone, at full speed
+    /// Pauses, errors and losses of writers that write to the moving keys alone
     #[arg(long, help_heading = "Parts")]
     pub cutover: bool,
     /// Rows of the keyspace that changes, incompressible; `--speed` takes at most 1 of it, and

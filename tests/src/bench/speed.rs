@@ -182,11 +182,15 @@ impl Bench<'_> {
         let manifests = self.stage.manifests(NAME).await?;
         let files = manifests.iter().flat_map(|manifest| manifest.files_overlapping(leaving));
         let keys: Vec<String> = files.map(|file| file.key.clone()).collect();
-        let grow = async |stage: &mut Stage| stage.resize(NAME, SHARDS.1).await.map(Timed::of);
-        self.timed(Change::Grow, Some(&keys), grow).await?;
+        self.timed(Change::Grow, Some(&keys), async |stage: &mut Stage| {
+            stage.resize(NAME, SHARDS.1).await.map(Timed::of)
+        })
+        .await?;
         self.stage.settled(NAME).await?;
-        let shrink = async |stage: &mut Stage| stage.resize(NAME, SHARDS.0).await.map(Timed::of);
-        self.timed(Change::Shrink, None, shrink).await?;
+        self.timed(Change::Shrink, None, async |stage: &mut Stage| {
+            stage.resize(NAME, SHARDS.0).await.map(Timed::of)
+        })
+        .await?;
         self.stage.settled(NAME).await
     }
 
@@ -198,11 +202,15 @@ impl Bench<'_> {
         let manifests = self.stage.manifests(NAME).await?;
         let files = manifests.iter().filter(|manifest| moving.contains(&manifest.shard.0));
         let keys = keys_of(files);
-        let rebalance = async |stage: &mut Stage| stage.rebalance().await.map(Timed::of);
-        self.timed(Change::Rebalance, Some(&keys), rebalance).await?;
+        self.timed(Change::Rebalance, Some(&keys), async |stage: &mut Stage| {
+            stage.rebalance().await.map(Timed::of)
+        })
+        .await?;
         self.stage.settled(NAME).await?;
-        let drain = async |stage: &mut Stage| stage.empty(SPARE, false).await.map(Timed::of);
-        self.timed(Change::Drain, None, drain).await?;
+        self.timed(Change::Drain, None, async |stage: &mut Stage| {
+            stage.empty(SPARE, false).await.map(Timed::of)
+        })
+        .await?;
         self.stage.settled(NAME).await
     }
 
@@ -216,15 +224,14 @@ impl Bench<'_> {
                 self.stage.cordon(node, node >= nodes).await?;
             }
             let into = format!("restored-{nodes}-{}", self.repeat);
-            let restore = async |stage: &mut Stage| {
+            self.timed(change, Some(&keys), async |stage: &mut Stage| {
                 let ended = stage.restore(NAME, &into).await?;
                 let described = stage.vasto.describe_keyspace(&into).await?;
                 let replicas = described.placement.iter().flat_map(|shard| &shard.replicas);
                 let holders: BTreeSet<&str> = replicas.map(|one| one.node_id.as_str()).collect();
-                let nodes = Some(holders.len());
-                anyhow::Ok(Timed { ended, nodes })
-            };
-            self.timed(change, Some(&keys), restore).await?;
+                anyhow::Ok(Timed { ended, nodes: Some(holders.len()) })
+            })
+            .await?;
             self.stage.delete(&into).await?;
         }
         for node in 0..NODES {
