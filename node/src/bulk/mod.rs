@@ -34,7 +34,9 @@ use vasto_shipping::Pacer;
 use vasto_shipping::bucket::Bucket;
 
 use debt::LOOK_AGAIN;
-pub(crate) use lane::{Activity, Bound, Lane};
+#[cfg(test)]
+pub(crate) use lane::Lane;
+pub(crate) use lane::{Activity, Bound};
 use plan::{Pace, PlanGate, Shared, take_from};
 
 /// The gate of one process.

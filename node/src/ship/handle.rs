@@ -137,7 +137,7 @@ impl ShipHandle {
     /// Returns the bytes and the number of the files that checkpoints have uploaded since the
     /// replica was opened.
     pub(crate) fn uploaded(&self) -> (u64, u64) {
-        let Uploads { bytes, objects } = &*self.uploads;
+        let Uploads { bytes, objects, .. } = &*self.uploads;
         (bytes.load(Ordering::Relaxed), objects.load(Ordering::Relaxed))
     }
 
