@@ -36,8 +36,8 @@ const ASK_BUCKET: Duration = Duration::from_secs(10);
 const CANCELLED_FOR_US: u64 = 3_600_000_000;
 
 /// What a rebalance waits for when moves are left and none may begin.
-const LATER: &str =
-    "changes of keyspaces to end, a node to have room, or the pause after a move that failed";
+const LATER: &str = "changes of keyspaces to end, a node to have room, a new replica to know its load, or the pause \
+     after a move that failed";
 
 /// Rebalances whenever that is asked for, until the master stops.
 pub(crate) async fn rebalance_always(cluster: Arc<Cluster>) {

@@ -81,6 +81,10 @@ pub struct ReplicaReport {
     /// averaged over some time; 0 from a node that does not say.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub load: u64,
+    /// The load is not known yet: the replica was opened a moment ago. False from a node that does
+    /// not say.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub load_unknown: bool,
     /// Its progress as a source of the running plan.
     #[serde(default)]
     pub source: Option<SourceProgress>,
@@ -122,6 +126,7 @@ impl ReplicaReport {
             keys: 0,
             bytes: 0,
             load: 0,
+            load_unknown: false,
             source: None,
             target: None,
             cleaned: Vec::new(),
@@ -161,6 +166,7 @@ impl ReplicaReport {
             keys: _,
             bytes: _,
             load: _,
+            load_unknown: _,
             source,
             target,
             cleaned,
@@ -488,7 +494,7 @@ mod tests {
         let (keyspace, shard, replica) = (KeyspaceId(1), ShardId(0), ReplicaId(1));
         let calm = ReplicaReport::new(keyspace, shard, replica, ReplicaPhase::Serving);
         assert!(!calm.is_news_after(&calm));
-        let figures: [fn(&mut ReplicaReport); 10] = [
+        let figures: [fn(&mut ReplicaReport); 11] = [
             |report| report.ships_behind = Some(ShipsBehind::Nobody),
             |report| report.lsn = Lsn(9),
             |report| report.shipped_lsn = Lsn(9),
@@ -496,6 +502,7 @@ mod tests {
             |report| report.keys = 9,
             |report| report.bytes = 9,
             |report| report.load = 9,
+            |report| report.load_unknown = true,
             |report| report.replication.lag_lsns = TAIL_LAG_LSNS_MAX,
             |report| report.replication.lag_ms = 9,
             |report| report.replication.acting_ms = 9,

@@ -13,6 +13,7 @@ use vasto_core::plan::Step;
 use vasto_core::reconcile::{
     MoveOrder, Presence, in_the_way_of_moves, move_not_before, nodes_to_avoid,
 };
+use vasto_core::report::ReplicaReport;
 
 use super::ClusterState;
 use super::keyspace::Keyspace;
@@ -28,6 +29,38 @@ pub(crate) struct RebalanceLook {
     pub(crate) primaries_left: usize,
     /// The condition that it waits for.
     pub(crate) waiting_for: Option<String>,
+}
+
+/// Returns the load of a replica, if it is known.
+fn known_load(report: &ReplicaReport) -> Option<u64> {
+    (!report.load_unknown).then_some(report.load)
+}
+
+/// The mean of the known loads of a keyspace: what a replica counts for while its own is not known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct UsualLoad {
+    /// Of the first replica of a shard.
+    first: u64,
+    /// Of the others.
+    further: u64,
+}
+
+impl UsualLoad {
+    fn of(keyspace: &Keyspace) -> Self {
+        let mean = |is_first: bool| {
+            let placement = keyspace.catalog.placement.iter();
+            let placed = placement.flat_map(|shard| shard.replicas.iter().enumerate());
+            let known = placed.filter(|(place, _)| (*place == 0) == is_first);
+            let known = known.filter_map(|(_, placed)| keyspace.reports.get(&placed.replica));
+            let known: Vec<u64> = known.filter_map(known_load).collect();
+            known.iter().sum::<u64>() / known.len().max(1) as u64
+        };
+        Self { first: mean(true), further: mean(false) }
+    }
+
+    fn at(self, place: usize) -> u64 {
+        if place == 0 { self.first } else { self.further }
+    }
 }
 
 impl ClusterState {
@@ -54,7 +87,9 @@ impl ClusterState {
         };
         let shards = self.active().flat_map(|keyspace| {
             let placement = keyspace.catalog.placement.iter();
-            placement.map(|shard| self.shard_in_balance(keyspace, shard, mono_us, now_us))
+            let usual = UsualLoad::of(keyspace);
+            placement
+                .map(move |shard| self.shard_in_balance(keyspace, shard, usual, (mono_us, now_us)))
         });
         Balance { nodes: self.node_ids().into_iter().map(node).collect(), shards: shards.collect() }
     }
@@ -98,18 +133,18 @@ impl ClusterState {
         &self,
         keyspace: &Keyspace,
         shard: &ShardPlacement,
-        mono_us: u64,
-        now_us: u64,
+        usual: UsualLoad,
+        (mono_us, now_us): (u64, u64),
     ) -> BalanceShard {
         let (catalog, reports) = (&*keyspace.catalog, &keyspace.reports);
         let bytes = shard_bytes(catalog, shard.shard, reports);
-        let of = |placed: &Placed| {
+        let of = |(place, placed): (usize, &Placed)| {
             let report = reports.get(&placed.replica).filter(|report| report.bytes > 0);
             BalanceReplica {
                 replica: placed.replica,
                 node: placed.node,
                 bytes: report.map_or(bytes, |report| report.bytes),
-                load: report.map_or(0, |report| report.load),
+                load: report.and_then(known_load).unwrap_or_else(|| usual.at(place)),
             }
         };
         let leaves = |placed: &&Placed| {
@@ -122,7 +157,7 @@ impl ClusterState {
             .map(|target| Placed { replica: target.replica, node: target.node })
             .collect();
         let replicas: Vec<BalanceReplica> =
-            shard.replicas.iter().filter(leaves).chain(&coming).map(of).collect();
+            shard.replicas.iter().filter(leaves).chain(&coming).enumerate().map(of).collect();
         let members = catalog.members().into_iter();
         let elsewhere = members
             .filter(|(of, member, _)| *of == shard.shard && !catalog.is_retired(member.replica))
@@ -168,7 +203,13 @@ impl ClusterState {
         if shard.transferring_to.is_some() || shard.primary.is_some() {
             return (When::Later, When::Later);
         }
-        let moves = match now_us < move_not_before(catalog, shard.shard) {
+        // What was decided by a guess of its load might be taken back.
+        let is_new = |placed: &Placed| {
+            keyspace.reports.get(&placed.replica).is_some_and(|report| report.load_unknown)
+        };
+        let is_early =
+            now_us < move_not_before(catalog, shard.shard) || shard.replicas.iter().any(is_new);
+        let moves = match is_early {
             true => When::Later,
             false => When::Now,
         };

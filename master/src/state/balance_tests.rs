@@ -32,6 +32,10 @@ fn uneven() -> (ClusterState, Vec<u64>) {
 }
 
 fn reported(state: &mut ClusterState, sessions: &[u64]) {
+    reported_with(state, sessions, |_| {});
+}
+
+fn reported_with(state: &mut ClusterState, sessions: &[u64], change: impl Fn(&mut ReplicaReport)) {
     let catalog = state.keyspaces[&KS].catalog.clone();
     for (node, session) in (1..).zip(sessions) {
         let members = catalog.members_on(NodeId(node)).into_iter();
@@ -41,6 +45,10 @@ fn reported(state: &mut ClusterState, sessions: &[u64]) {
                 bytes: 64 * MIB,
                 load: 8,
                 ..replica_report(replica.0, catalog.version.0)
+            })
+            .map(|mut report| {
+                change(&mut report);
+                report
             })
             .collect();
         let disk = v1::Report { disk_used: 1 << 30, disk_free: 99 << 30, ..Default::default() };
@@ -110,6 +118,29 @@ fn what_moves_counts_where_it_goes_to_and_holds_its_place() {
     // The driver asks for the checkpoints of both; nothing is due before they are reported.
     let decided = state.decide(KS, MONO, NOW, 3);
     assert!(matches!(&decided, Advance::Wait(what) if what.contains("checkpoint")), "{decided:?}");
+}
+
+/// Taken for idle, it would draw further replicas to its node, which go back later.
+#[test]
+fn a_new_replica_counts_like_the_others_of_its_keyspace_until_its_load_is_known() {
+    let (mut state, sessions) = uneven();
+    let is_new = |report: &mut ReplicaReport| {
+        (report.load, report.load_unknown) = match report.shard {
+            ShardId(0) => (0, true),
+            _ => (400, false),
+        };
+    };
+    reported_with(&mut state, &sessions, is_new);
+    let young = picture(&state);
+    let (new, old) = (&young.shards[0], &young.shards[1]);
+    assert_eq!((new.replicas[0].load, old.replicas[0].load), (400, 400));
+    assert_eq!((new.moves, old.moves), (When::Later, When::Now));
+    assert!(next_moves(&young, 6).iter().all(|one| match one {
+        Move::Replica { shard, .. } | Move::Primary { shard, .. } => *shard != ShardId(0),
+    }));
+    reported_with(&mut state, &sessions, |report| report.load = 5 + u64::from(report.shard.0));
+    let known = picture(&state);
+    assert_eq!((known.shards[0].replicas[0].load, known.shards[0].moves), (5, When::Now));
 }
 
 #[test]

@@ -43,6 +43,7 @@ pub(crate) fn replica_report(replica: u64, version: u64) -> ReplicaReport {
         keys: 1000,
         bytes: 1 << 20,
         load: 0,
+        load_unknown: false,
         source: None,
         target: None,
         cleaned: Vec::new(),

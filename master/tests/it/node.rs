@@ -277,6 +277,7 @@ pub(crate) fn reports(catalog: &Catalog, node: NodeId, hold: Option<Step>) -> Ve
                 keys: 1000,
                 bytes: 1 << 20,
                 load: 0,
+                load_unknown: false,
                 source: plan.and_then(|plan| source(catalog, plan, replica, hold)),
                 target: plan.and_then(|plan| target(plan, replica, hold)),
                 cleaned: catalog

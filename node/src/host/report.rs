@@ -115,7 +115,8 @@ impl Host {
             (report.keys, report.bytes) = keys_and_bytes;
             report.stored = stored;
             let done = replica.requests().saturating_add(report.lsn.0);
-            report.load = self.load.lock().at(Instant::now(), done);
+            let load = self.load.lock().at(Instant::now(), done);
+            (report.load, report.load_unknown) = (load.unwrap_or_default(), load.is_none());
             if let Some(reason) = replica.closed() {
                 report.phase = ReplicaPhase::Failed(reason);
             }
