@@ -210,16 +210,23 @@ impl OpenSpan {
     }
 
     /// Ends the span of work that has succeeded.
-    pub fn done(mut self) {
-        self.close(None);
+    pub fn done(self) {
+        self.done_at(Instant::now());
+    }
+
+    /// Ends the span of work that had succeeded then.
+    pub fn done_at(mut self, at: Instant) {
+        let took = at.saturating_duration_since(self.began);
+        self.close(None, took);
     }
 
     /// Ends the span with the result of its work.
     pub fn end<T, E: Display>(mut self, result: &Result<T, E>) {
-        self.close(result.as_ref().err().map(ToString::to_string));
+        let took = self.began.elapsed();
+        self.close(result.as_ref().err().map(ToString::to_string), took);
     }
 
-    fn close(&mut self, error: Option<String>) {
+    fn close(&mut self, error: Option<String>, took: Duration) {
         if !std::mem::take(&mut self.open) {
             return;
         }
@@ -237,14 +244,15 @@ impl OpenSpan {
             attributes: std::mem::take(&mut self.attributes),
             error,
         };
-        let end = self.started.checked_add(self.began.elapsed()).unwrap_or(self.started);
+        let end = self.started.checked_add(took).unwrap_or(self.started);
         self.trace.export((self.started, end), past, Vec::new());
     }
 }
 
 impl Drop for OpenSpan {
     fn drop(&mut self) {
-        self.close(Some("it was cut off".to_owned()));
+        let took = self.began.elapsed();
+        self.close(Some("it was cut off".to_owned()), took);
     }
 }
 
@@ -297,6 +305,8 @@ mod tests {
         span.count("vasto.bytes_from_bucket", u64::MAX);
         span.end(&Ok::<_, String>(()));
         drop(node.begin("left alone"));
+        let ended = began.checked_add(Duration::from_millis(100)).unwrap();
+        node.began("over since", began).done_at(ended);
         for _ in 0..100 {
             node.begin("before").done();
             node.clone().begin("again").end(&Err::<(), _>("the bucket is away"));
@@ -316,6 +326,8 @@ mod tests {
         let took = first.end_time.duration_since(first.start_time).unwrap();
         assert!(took >= Duration::from_millis(250) && took < Duration::from_secs(60), "{took:?}");
         assert_eq!(spans[1].status, Status::error("it was cut off"));
+        let took = spans[2].end_time.duration_since(spans[2].start_time).unwrap();
+        assert_eq!(took, Duration::from_millis(100), "it ended before it was exported");
         let times = |name: &str| spans.iter().filter(|span| span.name == name).count() as u32;
         assert_eq!(times("again"), FAILED_MAX - 1, "one more was cut off");
         assert_eq!(times("before"), FAILED_MAX - 1 + REPEATED_MAX, "what fails comes behind it");
