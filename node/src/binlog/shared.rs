@@ -225,6 +225,12 @@ impl LogShared {
         Ok(target)
     }
 
+    /// For tests: lets every sync wait until the guard is dropped.
+    #[cfg(test)]
+    pub(crate) fn hold_syncs(&self) -> parking_lot::MutexGuard<'_, ()> {
+        self.sync_turn.lock()
+    }
+
     /// Ends truncation, after the one that runs: the directory may be opened again from now on, and
     /// its recovery must not meet a file that vanishes.
     pub(super) fn close(&self) {

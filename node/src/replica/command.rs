@@ -159,7 +159,9 @@ pub(crate) struct ApplyCommand {
     pub entries: Vec<KeyEntry>,
     /// Cursors that become durable with the entries.
     pub progress: Vec<FeedProgress>,
-    /// Receives the LSN that covers the entries, synced.
+    /// The answer waits until the entries are durable.
+    pub sync: bool,
+    /// Receives the LSN that covers the entries.
     pub done: oneshot::Sender<Result<Lsn, ReplicaError>>,
 }
 

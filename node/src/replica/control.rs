@@ -8,6 +8,10 @@
 //!   role of a catalog version are taken without one. A seal, an unseal, an ingest, a fence or a
 //!   floor that is in force already writes no second record.
 //! - Held writes are retried before the command that decides their outcome is answered.
+//! - A range that is opened or given away is so at once, before the sync: the catalog version in the
+//!   bucket has decided it. A crash that takes the record back leaves a range that serves nothing, and
+//!   the version is applied again; whatever is acknowledged as durable afterwards is behind the
+//!   record. Every other change is durable before anybody sees it, a seal above all.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -17,7 +21,7 @@ use vasto_core::PlanId;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn};
 use vasto_core::record::{BandRange, Body, FeedProgress, IngestedObject, RangeState};
 
-use super::command::{Control, ReplicaError, Role};
+use super::command::{Control, Position, ReplicaError, Role};
 use super::group::Committer;
 use super::store::Store;
 
@@ -31,7 +35,9 @@ impl Committer {
             Control::SetRange { epoch, version, range, state } => {
                 let result = store.set_range(epoch, version, range, state);
                 self.retry_held();
-                result
+                let lsn = result?;
+                self.store.sync_rest()?;
+                Ok(lsn)
             }
             Control::Ingest { plan, range, files, objects, event_time_max, progress } => {
                 store.ingest(plan, range, files, objects, event_time_max, progress)
@@ -68,7 +74,8 @@ impl Committer {
         }
         let sealed_at = Instant::now();
         let lsn = self.store.log_control(Body::Seal { plan, version, range })?;
-        self.held.sealed_at(sealed_at);
+        self.store.note_sealed(version);
+        self.held.sealed(sealed_at, Instant::now());
         self.hold_slowed();
         Ok(lsn)
     }
@@ -108,7 +115,18 @@ impl Store {
         self.log_control(body)
     }
 
-    /// Gives a range a state, durably; the epoch is published with it.
+    /// Notes what the replica holds at a seal that is durable: with its record everything is.
+    fn note_sealed(&self, version: CatalogVersion) {
+        let position = Position {
+            lsn: self.meta.head.applied_lsn,
+            vector: self.meta.vector.clone(),
+            floor: self.meta.head.floor,
+            incarnation: self.meta.identity.incarnation,
+        };
+        *self.shared.at_seal.lock() = Some((version, position));
+    }
+
+    /// Gives a range a state; the epoch is published with it. The caller makes it durable.
     pub(super) fn set_range(
         &mut self,
         epoch: Epoch,
@@ -117,7 +135,13 @@ impl Store {
         state: RangeState,
     ) -> Result<Lsn, ReplicaError> {
         self.meta.head.epoch = self.meta.head.epoch.max(epoch);
-        self.log_control(Body::RangeState { version, range, state })
+        let body = Body::RangeState { version, range, state };
+        match state {
+            RangeState::Owned | RangeState::Leaving => self.log_control_visibly(body),
+            RangeState::Empty | RangeState::Arriving | RangeState::Clearing => {
+                self.log_control(body)
+            }
+        }
     }
 
     /// Takes the epoch, version and role of a catalog version. Epoch and version become durable

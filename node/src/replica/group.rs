@@ -18,7 +18,7 @@ use vasto_core::{ErrorCode, VastoError};
 use super::admission::Admission;
 use super::assign::Times;
 use super::command::{ApplyCommand, Command, OpOutcome, ReplicaError, WriteCommand, WriteOp};
-use super::held::HeldWrites;
+use super::held::{HeldWrites, Released};
 use super::merge::key_entry_bytes;
 use super::metrics;
 use super::slowed::SlowedWrites;
@@ -119,7 +119,7 @@ impl Committer {
             open = self.with_room(open);
             match self.store.merge_all(&command.entries, &mut open.group) {
                 Ok(()) => {
-                    open.must_sync = true;
+                    open.must_sync |= command.sync;
                     open.progress.extend(&command.progress);
                     open.applied.push(command.done);
                 }
@@ -134,8 +134,8 @@ impl Committer {
         if self.store.meta.ranges.seal.is_some() {
             return;
         }
-        let (commands, pauses) = self.held.release();
-        self.store.shared.add_pauses(pauses);
+        let Released { commands, pauses_us, pause } = self.held.release();
+        self.store.shared.add_pauses(pauses_us, pause);
         self.commit(CommandGroup::of(commands));
     }
 

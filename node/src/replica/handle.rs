@@ -104,7 +104,19 @@ impl Replica {
         entries: Vec<KeyEntry>,
         progress: Vec<FeedProgress>,
     ) -> Result<Lsn, ReplicaError> {
-        self.ask(|done| Command::Apply(ApplyCommand { entries, progress, done })).await
+        self.apply_as(entries, progress, true).await
+    }
+
+    /// Merges entries of another log, at most a batch; returns the LSN that covers them once they
+    /// are visible, with `sync` once they are durable. Without it they are durable when the log has
+    /// synced that LSN.
+    pub(crate) async fn apply_as(
+        &self,
+        entries: Vec<KeyEntry>,
+        progress: Vec<FeedProgress>,
+        sync: bool,
+    ) -> Result<Lsn, ReplicaError> {
+        self.ask(|done| Command::Apply(ApplyCommand { entries, progress, sync, done })).await
     }
 
     /// Takes records of another replica's log; returns once they are durable here.

@@ -15,12 +15,33 @@ struct Held {
     since: Instant,
 }
 
+/// The moments of a pause of the writes to a sealed range.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Pause {
+    /// The seal began: no write of the range was taken any more.
+    pub began: Instant,
+    /// It was durable.
+    pub sealed: Instant,
+    /// What waited was released.
+    pub released: Instant,
+}
+
+/// Writes whose outcome is decided.
+pub(super) struct Released {
+    /// The writes, to be checked anew.
+    pub commands: Vec<WriteCommand>,
+    /// The pauses that end with their release, that of the seal first, microseconds.
+    pub pauses_us: Vec<u64>,
+    /// The pause of the seal, if there was one.
+    pub pause: Option<Pause>,
+}
+
 /// The held writes of a replica, in the order in which they came.
 #[derive(Default)]
 pub(super) struct HeldWrites {
     held: Vec<Held>,
-    /// Time at which the seal began.
-    sealed_at: Option<Instant>,
+    /// When the seal began, and when it was durable.
+    sealed: Option<(Instant, Instant)>,
 }
 
 impl HeldWrites {
@@ -34,17 +55,24 @@ impl HeldWrites {
         self.held.push(Held { command, since: Instant::now() });
     }
 
-    /// Notes when a seal began.
-    pub(super) fn sealed_at(&mut self, at: Instant) {
-        self.sealed_at = Some(at);
+    /// Notes when a seal began, and when it was durable.
+    pub(super) fn sealed(&mut self, began: Instant, durable: Instant) {
+        self.sealed = Some((began, durable));
     }
 
-    /// Returns all writes, and the pauses that end with their release, microseconds.
-    pub(super) fn release(&mut self) -> (Vec<WriteCommand>, Vec<u64>) {
-        let held = std::mem::take(&mut self.held);
-        let begun = self.sealed_at.take().into_iter().chain(held.iter().map(|held| held.since));
-        let pauses = begun.map(|at| at.elapsed().as_micros() as u64).collect();
-        (held.into_iter().map(|held| held.command).collect(), pauses)
+    /// Returns all writes, and the pauses that end with their release.
+    pub(super) fn release(&mut self) -> Released {
+        let (held, released) = (std::mem::take(&mut self.held), Instant::now());
+        let sealed = self.sealed.take();
+        let pause = sealed.map(|(began, sealed)| Pause { began, sealed, released });
+        let of_seal = pause.map(|pause| pause.began).into_iter();
+        let begun = of_seal.chain(held.iter().map(|held| held.since));
+        let waited = |at: Instant| released.saturating_duration_since(at).as_micros() as u64;
+        Released {
+            pauses_us: begun.map(waited).collect(),
+            commands: held.into_iter().map(|held| held.command).collect(),
+            pause,
+        }
     }
 
     /// Answers the writes that have waited too long; the client retries.

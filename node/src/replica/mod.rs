@@ -41,8 +41,10 @@ mod write_group;
 mod writer;
 
 pub(crate) use handle::Replica;
+pub(crate) use held::Pause;
 pub(crate) use open::{OpenOptions, database_dir};
 pub(crate) use replicate::OLD_COPY;
+pub(crate) use shared::View;
 pub(crate) use state::parse_vector;
 
 #[cfg(test)]

@@ -150,6 +150,7 @@ impl Replica {
             && shared.view.load().ranges.state(range.first) != state
         {
             store.set_range(Epoch(0), version, range, state)?;
+            store.sync_rest()?;
         }
         let (commands, receiver) = std::sync::mpsc::channel();
         let name = format!("writer-{keyspace}-{shard}-{replica}");

@@ -14,6 +14,7 @@ use super::bucket_acks::BucketAcks;
 use super::command::Position;
 use super::followers::Followers;
 use super::handle::Replica;
+use super::held::Pause;
 use super::shared::View;
 use super::state::{Head, Ranges};
 use super::tails::Tails;
@@ -73,7 +74,8 @@ impl Replica {
         let synced = self.shared.log.synced_lsn();
         let applied = self.applied_lsn();
         let mut vector = self.vector();
-        // Only own records with entries are ever applied before they are synced.
+        // Of what is applied before it is synced, all but changes of ranges are own records with
+        // entries: the count is never too low.
         let unsynced = applied.0.saturating_sub(synced.0);
         let own = Origin { replica: self.id, incarnation: self.incarnation() };
         if let Some(own_seq) = vector.get_mut(&own) {
@@ -239,6 +241,18 @@ impl Replica {
     /// Takes the pauses of writes to sealed ranges, microseconds.
     pub(crate) fn take_pauses(&self) -> Vec<u64> {
         std::mem::take(&mut *self.shared.pauses_us.lock())
+    }
+
+    /// Takes the moments of the last pause of a seal.
+    pub(crate) fn take_pause(&self) -> Option<Pause> {
+        self.shared.pause.lock().take()
+    }
+
+    /// Returns what the replica held when it sealed under this version, all of it durable; `None`
+    /// when it has not, or was opened since.
+    pub(crate) fn position_at_seal(&self, version: CatalogVersion) -> Option<Position> {
+        let at_seal = self.shared.at_seal.lock();
+        at_seal.as_ref().filter(|(sealed, _)| *sealed == version).map(|(_, held)| held.clone())
     }
 
     /// Returns the durable cursors of the tails that feed the replica.

@@ -18,8 +18,9 @@ use vasto_core::ids::{CatalogVersion, Epoch, Lsn, Vector};
 use super::apply::Meta;
 use super::authority::Authority;
 use super::bucket_acks::BucketAcks;
-use super::command::{ReplicaError, Role};
+use super::command::{Position, ReplicaError, Role};
 use super::followers::Followers;
+use super::held::Pause;
 use super::state::Ranges;
 use super::superseded::SupersededRecords;
 use super::tails::Tails;
@@ -126,6 +127,10 @@ pub(super) struct Shared {
     /// The log is far over its cap: writes are refused.
     pub(super) shed: AtomicBool,
     pub(super) pauses_us: Mutex<Vec<u64>>,
+    /// The last pause of a seal.
+    pub(super) pause: Mutex<Option<Pause>>,
+    /// What the replica held when it sealed last, all of it durable, and the version that sealed it.
+    pub(super) at_seal: Mutex<Option<(CatalogVersion, Position)>>,
     /// Readers of the log for other shards.
     pub(super) tails: Arc<Tails>,
     /// Writes of moving keys.
@@ -175,6 +180,8 @@ impl Shared {
             followers_epoch: AtomicU64::new(0),
             shed: AtomicBool::new(false),
             pauses_us: Mutex::default(),
+            pause: Mutex::default(),
+            at_seal: Mutex::default(),
             tails: Arc::default(),
             throttle: WriteThrottle::default(),
             results: AtomicU64::new(0),
@@ -234,8 +241,11 @@ impl Shared {
         self.authority.abandon();
     }
 
-    /// Adds pauses of writes to sealed ranges, microseconds.
-    pub(super) fn add_pauses(&self, samples: Vec<u64>) {
+    /// Adds pauses of writes to sealed ranges, microseconds, and the moments of that of a seal.
+    pub(super) fn add_pauses(&self, samples: Vec<u64>, pause: Option<Pause>) {
+        if pause.is_some() {
+            *self.pause.lock() = pause;
+        }
         let mut pauses = self.pauses_us.lock();
         let room = PAUSES_MAX.saturating_sub(pauses.len());
         pauses.extend(samples.into_iter().take(room));

@@ -142,6 +142,21 @@ impl Store {
         body: Body,
         commit_time: u64,
     ) -> Result<Lsn, ReplicaError> {
+        self.log_control_as(body, commit_time, true)
+    }
+
+    /// Logs a control record and applies it. What it changes is visible before it is durable: for
+    /// changes that a crash may take back. The caller syncs it before it answers.
+    pub(super) fn log_control_visibly(&mut self, body: Body) -> Result<Lsn, ReplicaError> {
+        self.log_control_as(body, self.commit_time(), false)
+    }
+
+    fn log_control_as(
+        &mut self,
+        body: Body,
+        commit_time: u64,
+        durably: bool,
+    ) -> Result<Lsn, ReplicaError> {
         self.shared.check_open()?;
         let own_seq =
             if body.is_streamed() { OwnSeq(self.meta.head.own_seq.0 + 1) } else { OwnSeq(0) };
@@ -154,7 +169,9 @@ impl Store {
             self.log.set_incarnation(record.origin.incarnation);
         }
         self.append(&record)?;
-        self.sync()?;
+        if durably {
+            self.sync()?;
+        }
         let batch =
             apply_record(&mut self.meta, &record).map_err(|error| self.close(error.to_string()))?;
         if let (Body::Seal { .. }, Some(seal)) = (&record.body, &mut self.meta.ranges.seal) {

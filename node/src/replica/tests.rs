@@ -8,6 +8,7 @@
 mod bucket_faults;
 mod clean_up;
 mod crashes;
+mod cutover;
 mod dated;
 mod failures;
 mod grow;

@@ -1,6 +1,7 @@
 //! Serves peers the position of a replica, and its commit-time fences.
 //!
-//! **Invariant:** everything that a reply names is durable.
+//! **Invariant:** everything that a reply names is durable. Who asks for a seal is told what was held
+//! then: writes of other keys have gone on since, and nobody waits for their sync.
 
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use vasto_proto::convert::{status_of, vector_to_wire};
 use vasto_proto::v1;
 
 use crate::registry::NodeRegistry;
-use crate::replica::Replica;
-use crate::replica::command::Control;
+use crate::replica::command::{Control, Position};
+use crate::replica::{Replica, View};
 
 /// Longest wait that a caller may ask for.
 const WAIT_MAX: Duration = Duration::from_secs(10);
@@ -45,7 +46,11 @@ pub(super) async fn serve(
         let applied = view.version >= CatalogVersion(request.min_version);
         let enough = applied && (request.sealed_version == 0 || sealed);
         if enough || tokio::time::timeout_at(deadline, changes.changed()).await.is_err() {
-            return answer(&replica).await;
+            let asked = CatalogVersion(request.sealed_version);
+            return match replica.position_at_seal(asked).filter(|_| sealed) {
+                Some(position) => Ok(reply(&view, position)),
+                None => answer(&replica).await,
+            };
         }
     }
 }
@@ -65,7 +70,11 @@ async fn answer(replica: &Replica) -> Result<v1::PositionReply, Status> {
     // The view is read first: its state held before the position was taken.
     let view = replica.view();
     let position = replica.position().await.map_err(|error| status_of(&error.into()))?;
-    Ok(v1::PositionReply {
+    Ok(reply(&view, position))
+}
+
+fn reply(view: &View, position: Position) -> v1::PositionReply {
+    v1::PositionReply {
         version: view.version.0,
         epoch: view.epoch.0,
         lsn: position.lsn.0,
@@ -73,5 +82,5 @@ async fn answer(replica: &Replica) -> Result<v1::PositionReply, Status> {
         sealed_version: view.ranges.seal.map_or(0, |seal| seal.version.0),
         floor: position.floor,
         incarnation: position.incarnation.0,
-    })
+    }
 }

@@ -16,7 +16,7 @@ use futures::future::join_all;
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, Placed};
-use vasto_core::ids::{CatalogVersion, Lsn, ReplicaId, Vector, join};
+use vasto_core::ids::{CatalogVersion, Lsn, ReplicaId, Vector, covers, join};
 use vasto_core::limits::{CATCH_UP_PATIENCE, HANDOVER_TIMEOUT, SEAL_TIMEOUT};
 use vasto_core::report::ReplicationReport;
 use vasto_proto::convert::vector_from_wire;
@@ -230,14 +230,17 @@ impl Replicator {
     }
 
     async fn hold(&self, needed: &Vector, patience: Duration) -> bool {
-        let began = Instant::now();
-        while !self.replica.covers(needed) {
-            if began.elapsed() > patience {
-                return false;
+        let mut changes = self.replica.vector_changes();
+        // The sender of the changes is the replica's: it does not end before.
+        let held = async {
+            loop {
+                changes.borrow_and_update();
+                if self.replica.covers(needed) || changes.changed().await.is_err() {
+                    return;
+                }
             }
-            tokio::time::sleep(POLL).await;
-        }
-        true
+        };
+        tokio::time::timeout(patience, held).await.is_ok() && self.replica.covers(needed)
     }
 
     /// Works on a leadership transfer to this replica, if the version names one.
@@ -272,7 +275,8 @@ impl Replicator {
     }
 
     /// Waits until every other placed replica has sealed under the version and this one holds all
-    /// that they named; returns the end of its log then. `None` when that takes too long.
+    /// that they named; returns the LSN of its log that covers it: that of its own seal when it held
+    /// all of it then, which takes no sync. `None` when that takes too long.
     pub(crate) async fn sealed_by_all(&self, catalog: &Catalog) -> Option<Lsn> {
         let others = self.others(catalog);
         let replies = join_all(
@@ -284,6 +288,10 @@ impl Replicator {
         let mut needed = Vector::new();
         for reply in replies {
             needed = join(&needed, &vector_from_wire(&reply?.vector));
+        }
+        let at_seal = self.replica.position_at_seal(catalog.version);
+        if let Some(held) = at_seal.filter(|held| covers(&held.vector, &needed)) {
+            return Some(held.lsn);
         }
         if !self.hold(&needed, SEAL_TIMEOUT).await {
             return None;
