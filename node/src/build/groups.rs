@@ -3,6 +3,7 @@
 //! **Invariant:** a group holds less than [`GROUP_BYTES_MAX`] and one item more; the order is kept
 //! and nothing is left out.
 
+use vasto_core::ids::Lsn;
 use vasto_core::limits::GROUP_BYTES_MAX;
 use vasto_core::record::{FeedProgress, KeyEntry};
 
@@ -44,18 +45,40 @@ pub(super) async fn apply_in_groups(
     entries: Vec<KeyEntry>,
     progress: Vec<FeedProgress>,
 ) -> Result<(), ReplicaError> {
-    let mut groups = Groups::new();
-    for row in entries {
-        let bytes = row.key.len() + row.entry.len();
-        if let Some(group) = groups.push(row, bytes) {
-            replica.apply(group, Vec::new()).await?;
-        }
-    }
-    let rest = groups.rest();
+    let rest = apply_full_groups(replica, entries, true).await?;
     if !rest.is_empty() || !progress.is_empty() {
         replica.apply(rest, progress).await?;
     }
     Ok(())
+}
+
+/// Applies entries group by group, and the progress with the last group; returns the LSN that covers
+/// all of it once it is visible. `sync` is asked when the last group is queued: true waits until
+/// everything is durable. All of it is durable once the log has synced that LSN.
+pub(super) async fn apply_visibly(
+    replica: &Replica,
+    entries: Vec<KeyEntry>,
+    progress: Vec<FeedProgress>,
+    sync: impl FnOnce() -> bool,
+) -> Result<Lsn, ReplicaError> {
+    let rest = apply_full_groups(replica, entries, false).await?;
+    replica.apply_as(rest, progress, sync()).await
+}
+
+/// Applies all groups but the last, which is returned.
+async fn apply_full_groups(
+    replica: &Replica,
+    entries: Vec<KeyEntry>,
+    sync: bool,
+) -> Result<Vec<KeyEntry>, ReplicaError> {
+    let mut groups = Groups::new();
+    for row in entries {
+        let bytes = row.key.len() + row.entry.len();
+        if let Some(group) = groups.push(row, bytes) {
+            replica.apply_as(group, Vec::new(), sync).await?;
+        }
+    }
+    Ok(groups.rest())
 }
 
 #[cfg(test)]

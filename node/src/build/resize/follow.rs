@@ -2,11 +2,12 @@
 //! again when the source no longer holds log that was not read in time.
 //!
 //! **Invariant:** the durable cursor of a source never passes a record that concerns this shard and
-//! is not stored here; the master receives the durable cursor.
+//! is not stored here; the master receives the durable cursor, though frames are applied before they
+//! are synced.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::future::try_join_all;
 use parking_lot::Mutex;
@@ -24,11 +25,13 @@ use vasto_proto::v1::replication_client::ReplicationClient;
 use vasto_shipping::archive;
 use vasto_shipping::layout::Owner;
 
+use super::syncs::Syncs;
 use super::{Build, Shape};
 use crate::build::chunks::ChunkReader;
 use crate::build::error::BuildError;
 use crate::build::filter::ShardFilter;
-use crate::build::groups::apply_in_groups;
+use crate::build::groups::{apply_in_groups, apply_visibly};
+use crate::replica::command::ReplicaError;
 use crate::target_trace::TargetSpan;
 
 /// Pause between two attempts to reach a source.
@@ -39,12 +42,19 @@ const CHASED: Duration = Duration::from_secs(1);
 
 /// Runs until the plan is over.
 pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildError> {
+    // What an earlier attempt has applied need not be durable yet.
+    build.replica.position().await?;
+    if let Some(reason) = build.replica.closed() {
+        return Err(ReplicaError::Closed(reason).into());
+    }
     let cursors: BTreeMap<ReplicaId, Lsn> = build.replica.tail_cursors()?.into_iter().collect();
     build.progress.lock().cursors = cursors.clone();
     let filter = ShardFilter { shard: build.replica.shard, shards: Shape::of(plan)?.shards };
     let lags = Arc::new(Mutex::new(
         plan.sources.iter().map(|source| (source.replica, Lag::UNKNOWN)).collect(),
     ));
+    let syncs = Syncs::of(plan.sources.iter().map(|source| source.replica));
+    let syncs = Arc::new(Mutex::new(syncs));
     let mut tail = build.trace.begin("target tail");
     let catching_up = Arc::new(Mutex::new(Some(build.trace.begin("target catch up"))));
     let followers = plan.sources.iter().map(|source| {
@@ -61,7 +71,9 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
             filter,
             lags: Arc::clone(&lags),
             catching_up: Arc::clone(&catching_up),
+            syncs: Arc::clone(&syncs),
             cursor: cursor.unwrap_or_default(),
+            unsynced: VecDeque::new(),
             failed: None,
             chunks: ChunkReader::after(owner, Vec::new(), pinned.unwrap_or_default()),
         };
@@ -119,7 +131,12 @@ struct Follower<'a> {
     lags: Arc<Mutex<BTreeMap<ReplicaId, Lag>>>,
     /// The span until all tails are close for the first time.
     catching_up: Arc<Mutex<Option<TargetSpan>>>,
+    syncs: Arc<Mutex<Syncs>>,
+    /// The source's log up to here is applied.
     cursor: Lsn,
+    /// What is applied and not known to be durable: the LSN of the own log that covers it, and how
+    /// far that is in the source's.
+    unsynced: VecDeque<(Lsn, Lsn)>,
     /// Why the stream was interrupted, until it goes on.
     failed: Option<String>,
     /// The source's log in the bucket. Its position is after the pinned manifest or a chunk, where
@@ -147,6 +164,7 @@ impl Follower<'_> {
                 );
                 self.build.progress.lock().failed_for_now(&reason);
                 self.failed = Some(reason);
+                self.syncs.lock().note(self.source.replica, None);
                 self.set_lag(Lag::UNKNOWN);
             }
             tokio::time::sleep(RETRY).await;
@@ -194,8 +212,44 @@ impl Follower<'_> {
         let cursor = FeedProgress::Tail(self.source.replica, covered);
         apply_in_groups(&self.build.replica, entries, vec![cursor]).await?;
         self.cursor = covered;
+        // With it everything before is durable.
+        self.unsynced.clear();
         self.build.progress.lock().cursors.insert(self.source.replica, covered);
         Ok(())
+    }
+
+    /// Applies what a frame has brought. It counts once it is durable, which may be later.
+    async fn apply_frame(
+        &mut self,
+        entries: Vec<KeyEntry>,
+        covered: Lsn,
+        sealed: Option<bool>,
+    ) -> Result<(), BuildError> {
+        let (source, syncs) = (self.source.replica, Arc::clone(&self.syncs));
+        if covered <= self.cursor {
+            syncs.lock().note(source, sealed);
+            return Ok(());
+        }
+        let sync = move || syncs.lock().wants(source, sealed, Instant::now());
+        let cursor = FeedProgress::Tail(source, covered);
+        let lsn = apply_visibly(&self.build.replica, entries, vec![cursor], sync).await?;
+        self.cursor = covered;
+        self.unsynced.push_back((lsn, covered));
+        self.note_durable();
+        Ok(())
+    }
+
+    /// Takes over how far the source's log is durable here.
+    fn note_durable(&mut self) {
+        let synced = self.build.replica.log().synced_lsn();
+        let mut durable = None;
+        while self.unsynced.front().is_some_and(|(lsn, _)| *lsn <= synced) {
+            durable = self.unsynced.pop_front();
+        }
+        if let Some((_, covered)) = durable {
+            self.build.progress.lock().cursors.insert(self.source.replica, covered);
+            self.build.registry.report.notify_one();
+        }
     }
 
     fn set_lag(&self, lag: Lag) {
@@ -255,11 +309,21 @@ impl Follower<'_> {
             }
             Err(status) => return Ok(Err(status.to_string())),
         };
+        let mut synced = self.build.replica.log().subscribe();
         loop {
-            match frames.message().await {
-                Ok(Some(frame)) => self.take(frame).await?,
-                Ok(None) => return Ok(Err("the source ended the stream".into())),
-                Err(status) => return Ok(Err(status.to_string())),
+            synced.borrow_and_update();
+            self.note_durable();
+            tokio::select! {
+                frame = frames.message() => match frame {
+                    Ok(Some(frame)) => self.take(frame).await?,
+                    Ok(None) => return Ok(Err("the source ended the stream".into())),
+                    Err(status) => return Ok(Err(status.to_string())),
+                },
+                changed = synced.changed(), if !self.unsynced.is_empty() => {
+                    if changed.is_err() {
+                        return Ok(Err("the log of this replica is closed".into()));
+                    }
+                }
             }
         }
     }
@@ -276,7 +340,7 @@ impl Follower<'_> {
                 entries.extend(more);
             }
         }
-        self.apply(entries, Lsn(frame.covered_lsn)).await?;
+        self.apply_frame(entries, Lsn(frame.covered_lsn), frame.sealed).await?;
         {
             let mut progress = self.build.progress.lock();
             progress.bytes_from_peers += bytes;

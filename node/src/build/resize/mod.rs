@@ -17,6 +17,7 @@ pub(crate) mod export;
 mod follow;
 mod load;
 mod rewrite;
+mod syncs;
 pub(crate) mod tail;
 
 use std::path::PathBuf;

@@ -5,6 +5,7 @@
 //! - Only settled records are streamed, in order, without a gap; `covered_lsn` is the LSN up to
 //!   which everything that concerns the requesting shard has been sent.
 //! - A position that the log no longer reaches is an explicit error, never a silent jump.
+//! - A frame says that the source is sealed only when it, or an earlier one, covers the seal.
 //! - Served in every state of the replica.
 
 use std::pin::Pin;
@@ -16,7 +17,7 @@ use tokio::sync::mpsc::{Sender, channel};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use vasto_core::ids::{KeyspaceId, Lsn, ReplicaId, ShardId};
-use vasto_core::record::{Body, Record};
+use vasto_core::record::{BandRange, Body, Record};
 use vasto_core::{ErrorCode, VastoError};
 use vasto_proto::convert::status_of;
 use vasto_proto::v1;
@@ -88,12 +89,17 @@ async fn stream(
 ) -> Result<(), Status> {
     let mut synced = replica.log().subscribe();
     let mut changes = replica.changes();
+    // What was sealed behind the position is told by the records themselves: the reader sees a seal
+    // before the replica shows it.
+    let sealed = replica.ranges().seal.filter(|seal| seal.lsn <= reader.position());
+    let mut sealed = sealed.map(|seal| seal.range);
     // Reports how far behind the reader is, also when the log is idle.
     let hello = v1::TailFrame {
         records: Vec::new(),
         covered_lsn: reader.position().0,
         head_lsn: replica.log().synced_lsn().0,
         lag_bytes: Some(replica.log().synced_bytes_after(reader.position())),
+        sealed: Some(sealed.is_some()),
     };
     if frames.send(Ok(hello)).await.is_err() {
         return Ok(());
@@ -103,7 +109,7 @@ async fn stream(
         changes.borrow_and_update();
         let head = replica.log().synced_lsn();
         let (back, batch) = tokio::task::spawn_blocking(move || {
-            let batch = read_filtered(&mut reader, filter);
+            let batch = read_filtered(&mut reader, filter, sealed);
             (reader, batch)
         })
         .await
@@ -112,12 +118,14 @@ async fn stream(
         let batch = batch?;
         if batch.covered > Lsn(0) {
             open.sent(batch.covered);
+            sealed = batch.sealed;
             let quiet = batch.records.is_empty() && !batch.control;
             let frame = v1::TailFrame {
                 records: batch.records,
                 covered_lsn: batch.covered.0,
                 head_lsn: head.0.max(batch.covered.0),
                 lag_bytes: Some(replica.log().synced_bytes_after(batch.covered)),
+                sealed: Some(sealed.is_some()),
             };
             if frames.send(Ok(frame)).await.is_err() {
                 return Ok(());
@@ -140,12 +148,31 @@ struct Filtered {
     records: Vec<Bytes>,
     covered: Lsn,
     control: bool,
+    /// The range that is sealed at `covered`.
+    sealed: Option<BandRange>,
+}
+
+/// Returns the range that is sealed behind a record, given the one before it.
+fn sealed_behind(sealed: Option<BandRange>, body: &Body) -> Option<BandRange> {
+    match body {
+        Body::Seal { range, .. } => Some(*range),
+        Body::Unseal { .. } => None,
+        // The seal of a range whose owner is decided has ended.
+        Body::RangeState { range, .. } => sealed.filter(|sealed| !sealed.overlaps(*range)),
+        Body::Data { .. } | Body::GcFloor { .. } | Body::Adopt { .. } | Body::Ingest { .. } => {
+            sealed
+        }
+    }
 }
 
 // A gRPC status is large, and this is not a hot path: one result per megabyte of log.
 #[allow(clippy::result_large_err)]
-fn read_filtered(reader: &mut LogReader, filter: ShardFilter) -> Result<Filtered, Status> {
-    let mut out = Filtered { records: Vec::new(), covered: Lsn(0), control: false };
+fn read_filtered(
+    reader: &mut LogReader,
+    filter: ShardFilter,
+    sealed: Option<BandRange>,
+) -> Result<Filtered, Status> {
+    let mut out = Filtered { records: Vec::new(), covered: Lsn(0), control: false, sealed };
     for (lsn, bytes) in reader.next_batch(FRAME_BYTES).map_err(|error| status_of(&error.into()))? {
         out.covered = lsn;
         let record = Record::decode(&bytes).map_err(|error| {
@@ -155,6 +182,7 @@ fn read_filtered(reader: &mut LogReader, filter: ShardFilter) -> Result<Filtered
             ))
         })?;
         out.control |= !record.body.is_streamed();
+        out.sealed = sealed_behind(out.sealed, &record.body);
         let (head, entries) =
             (Record { body: Body::data(Vec::new()), ..record.clone() }, filter.pick(record));
         if !entries.is_empty() {
@@ -163,4 +191,38 @@ fn read_filtered(reader: &mut LogReader, filter: ShardFilter) -> Result<Filtered
         }
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use vasto_core::Band;
+    use vasto_core::ids::{CatalogVersion, PlanId};
+    use vasto_core::record::RangeState;
+
+    use super::*;
+
+    fn range(first: u8, last: u8) -> BandRange {
+        BandRange { first: Band(first), last: Band(last) }
+    }
+
+    #[test]
+    fn a_source_is_sealed_from_its_seal_until_that_is_decided() {
+        let (plan, version) = (PlanId(1), CatalogVersion(5));
+        let seal = Body::Seal { plan, version, range: range(2, 5) };
+        let becomes =
+            |first, last, state| Body::RangeState { version, range: range(first, last), state };
+        let sealed = sealed_behind(None, &seal);
+        assert_eq!(sealed, Some(range(2, 5)));
+        for goes_on in [
+            Body::data(Vec::new()),
+            Body::GcFloor { floor: 9 },
+            // The quarantine of an earlier plan ends.
+            becomes(6, 9, RangeState::Clearing),
+        ] {
+            assert_eq!(sealed_behind(sealed, &goes_on), sealed, "{goes_on:?}");
+            assert_eq!(sealed_behind(None, &goes_on), None, "{goes_on:?}");
+        }
+        assert_eq!(sealed_behind(sealed, &Body::Unseal { plan, version }), None);
+        assert_eq!(sealed_behind(sealed, &becomes(5, 9, RangeState::Leaving)), None);
+    }
 }

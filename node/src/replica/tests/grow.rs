@@ -6,8 +6,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::Stream;
+use futures::{Stream, StreamExt};
 use parking_lot::Mutex;
+use tokio::sync::watch;
 use tokio_stream::wrappers::TcpListenerStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
@@ -40,6 +41,8 @@ use crate::target_trace::TargetTrace;
 
 const SHARDS: u32 = 3;
 const HOUR: Duration = Duration::from_secs(3600);
+/// Records of a source behind what the bucket has of it.
+const BEHIND: u64 = 5;
 /// Time in which a target that goes on would read another chunk.
 const SETTLES: Duration = Duration::from_millis(300);
 
@@ -142,6 +145,64 @@ impl Replication for Cut {
     async fn promise(&self, _: Request<v1::PromiseRequest>) -> Answer<v1::PositionReply> {
         Err(Status::unimplemented("not here"))
     }
+}
+
+/// A node whose sources are sealed right behind what a target has: the source of a number says so
+/// once it may.
+struct Sealed(watch::Receiver<u64>);
+
+#[tonic::async_trait]
+impl Replication for Sealed {
+    type TailStream = Frames<v1::TailFrame>;
+    type PullStream = Frames<v1::PullFrame>;
+    type LeaseStream = Frames<v1::LeaseReply>;
+
+    async fn tail(&self, request: Request<v1::TailRequest>) -> Answer<Self::TailStream> {
+        let (source, after) = (request.get_ref().replica_id, request.get_ref().after_lsn);
+        let mut may = self.0.clone();
+        let frame = async move {
+            while *may.borrow_and_update() < source {
+                may.changed().await.map_err(|error| Status::internal(error.to_string()))?;
+            }
+            Ok::<_, Status>(v1::TailFrame {
+                records: Vec::new(),
+                covered_lsn: after + BEHIND,
+                head_lsn: after + BEHIND,
+                lag_bytes: Some(0),
+                sealed: Some(true),
+            })
+        };
+        let frames = futures::stream::once(frame).chain(futures::stream::pending());
+        Ok(Response::new(Box::pin(frames)))
+    }
+
+    async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Answer<Self::PullStream> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn lease(&self, _: Request<Streaming<v1::LeaseRequest>>) -> Answer<Self::LeaseStream> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn position(&self, _: Request<v1::PositionRequest>) -> Answer<v1::PositionReply> {
+        Err(Status::unimplemented("not here"))
+    }
+
+    async fn promise(&self, _: Request<v1::PromiseRequest>) -> Answer<v1::PositionReply> {
+        Err(Status::unimplemented("not here"))
+    }
+}
+
+/// Serves requests of other nodes; ends with the test's runtime.
+async fn listen(service: impl Replication) -> NodeAddress {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    tokio::spawn(
+        Server::builder()
+            .add_service(ReplicationServer::new(service))
+            .serve_with_incoming(TcpListenerStream::new(listener)),
+    );
+    NodeAddress { address, zone: String::new() }
 }
 
 fn target_rig() -> Rig {
@@ -384,20 +445,52 @@ async fn a_tail_whose_log_is_cut_goes_on_inside_a_chunk() {
         assert_eq!(grow.bucket.create(&key, chunk.encode()).await.unwrap(), Create::Created);
         heads.insert(replica.id, last_lsn);
     }
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address =
-        NodeAddress { address: listener.local_addr().unwrap().to_string(), zone: String::new() };
-    grow.addresses.insert(NodeId(1), address);
-    let service = ReplicationServer::new(Cut::default());
-    tokio::spawn(
-        Server::builder()
-            .add_service(service)
-            .serve_with_incoming(TcpListenerStream::new(listener)),
-    );
+    grow.addresses.insert(NodeId(1), listen(Cut::default()).await);
     let rig = target_rig();
     let target = rig.create();
     grow.build(&rig, &target, |progress| tailing(progress) && progress.cursors == heads).await;
     assert_eq!(data_rows(&target), grow.model());
+}
+
+/// The master commits by the cursors: what they cover must be there after a crash.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_counts_once_what_it_covers_is_durable() {
+    let mut grow = Grow::prepare().await;
+    let (may, allowed) = watch::channel(0);
+    grow.addresses.insert(NodeId(1), listen(Sealed(allowed)).await);
+    let pinned = |at: usize| grow.plan.sources[at].manifest.as_ref().unwrap().lsn;
+    let pinned = [pinned(0), pinned(1)];
+    let rig = target_rig();
+    let target = rig.create();
+    let (mut syncs, mut since) = (None, None);
+    let mut counts = false;
+    let cursor = |progress: &TargetProgress, source: u64| {
+        progress.cursors.get(&ReplicaId(source)).copied().unwrap_or_default()
+    };
+    grow.build(&rig, &target, |progress| {
+        if !tailing(progress) || cursor(progress, 2) == Lsn(0) {
+            return false;
+        }
+        let (before, applied) = *since.get_or_insert_with(|| {
+            syncs = Some(target.log().hold_syncs());
+            may.send_replace(1);
+            (Instant::now(), target.applied_lsn())
+        });
+        if syncs.is_some() {
+            assert_eq!(cursor(progress, 1), pinned[0], "it counts before it is durable");
+            if target.applied_lsn() > applied && before.elapsed() > SETTLES {
+                syncs = None;
+            }
+            return false;
+        }
+        if !counts && cursor(progress, 1) == Lsn(pinned[0].0 + BEHIND) {
+            assert_eq!(cursor(progress, 2), pinned[1]);
+            counts = true;
+            may.send_replace(2);
+        }
+        counts && cursor(progress, 2) == Lsn(pinned[1].0 + BEHIND)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
