@@ -1,7 +1,8 @@
 //! The replicas that this node hosts: reconciles them with the catalog versions that it receives.
 //!
 //! **Invariants**
-//! - A version is remembered durably before it is applied; lower ones are refused.
+//! - A version is remembered durably before it is applied; lower ones are refused. Only what a sealed
+//!   replica gives away it gives away at once (`host::decided`).
 //! - A replica is registered durably before it serves. A registered member that has lost its files
 //!   is never created anew.
 //! - A replica that a passing shortage has closed is reopened once the shortage is over; any other
@@ -19,6 +20,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use vasto_core::catalog::{Catalog, KeyspaceState};
 use vasto_core::ids::{KeyspaceId, ReplicaId, ShardId};
+use vasto_core::plan::Step;
 use vasto_core::report::{ReplicaPhase, ReplicaReport};
 use vasto_failpoint::{Injected, points};
 
@@ -122,6 +124,7 @@ impl Manager {
                 .iter()
                 .any(|registered| registered.keyspace == catalog.keyspace);
         if !remembered && concerned {
+            self.announce(&catalog);
             let (dir, noted) = (self.dir.clone(), catalog.clone());
             on_disk(move || dir.lock().remember_catalog(&noted)).await?;
         }
@@ -133,6 +136,24 @@ impl Manager {
             self.host(&catalog, *shard, *replica, *placed)?;
         }
         Ok(())
+    }
+
+    /// Tells open replicas of a version that seals or decides a seal before it is remembered: writers
+    /// wait.
+    fn announce(&self, catalog: &Arc<Catalog>) {
+        let step =
+            catalog.plan.as_ref().filter(|plan| plan.resize().is_some()).map(|plan| plan.step);
+        match step {
+            Some(Step::Sealing) => {}
+            // Those who wait are told where to go.
+            Some(Step::Committed) => {
+                self.context.registry.set_catalog(catalog.clone());
+            }
+            Some(Step::Prepare | Step::Tail) | None => return,
+        }
+        let hosts = self.hosts.lock();
+        let of_keyspace = hosts.iter().filter(|((keyspace, _), _)| *keyspace == catalog.keyspace);
+        of_keyspace.for_each(|(_, host)| host.announce(catalog.clone()));
     }
 
     fn host(

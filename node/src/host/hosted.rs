@@ -6,6 +6,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +53,8 @@ pub(super) struct Background {
     pub(super) catching_up: Option<(PlanId, Option<OpenSpan>)>,
     /// The preparation of this replica as a source.
     pub(super) preparing: Option<Preparation>,
+    /// Plan whose commit this replica has heard of before its node remembered it, and when.
+    pub(super) told: Option<(PlanId, Instant)>,
     /// Plan for which this replica, as a retired source, ships its log to the end.
     pub(super) shipping_end: Option<PlanId>,
     /// Bands that arrived for a plan that was undone are being cleared.

@@ -9,6 +9,7 @@
 
 mod arrivals;
 mod cleanup;
+mod decided;
 mod drain;
 mod hosted;
 mod housekeeping;
@@ -89,6 +90,8 @@ pub(crate) struct ReplicaSpec {
 pub(crate) struct Host {
     shared: Arc<Shared>,
     catalogs: watch::Sender<Arc<Catalog>>,
+    /// A version that the node does not remember yet.
+    announced: watch::Sender<Option<Arc<Catalog>>>,
     size: Mutex<Option<KnownSize>>,
     load: Mutex<Load>,
     task: JoinHandle<()>,
@@ -102,9 +105,10 @@ impl Host {
         catalog: Arc<Catalog>,
     ) -> Self {
         let (catalogs, receiver) = watch::channel(catalog);
+        let (announced, heard) = watch::channel(None);
         let shared = Arc::new(Shared::new(context, spec));
-        let task = tokio::spawn(runner::run(shared.clone(), receiver));
-        Self { shared, catalogs, size: Mutex::default(), load: Mutex::default(), task }
+        let task = tokio::spawn(runner::run(shared.clone(), receiver, heard));
+        Self { shared, catalogs, announced, size: Mutex::default(), load: Mutex::default(), task }
     }
 
     /// Returns the hosted replica.
@@ -115,6 +119,11 @@ impl Host {
     /// Passes a newer version of the keyspace's catalog to the host.
     pub(crate) fn apply_catalog(&self, catalog: Arc<Catalog>) {
         self.catalogs.send_replace(catalog);
+    }
+
+    /// Tells the host of a version that seals or decides a seal, before the node remembers it.
+    pub(crate) fn announce(&self, catalog: Arc<Catalog>) {
+        self.announced.send_replace(Some(catalog));
     }
 
     /// Stops the replica: ships the pending log, flushes.

@@ -22,7 +22,7 @@ use crate::ship::Assignment;
 
 /// Returns true when the plan takes bands from the replica's shard, or adds a replica from this
 /// one.
-fn gives(plan: &Plan, replica: &Replica) -> bool {
+pub(super) fn gives(plan: &Plan, replica: &Replica) -> bool {
     match plan.kind {
         PlanKind::Grow { .. } | PlanKind::Shrink { .. } => {
             plan.sources.iter().any(|source| source.shard == replica.shard)
@@ -95,7 +95,7 @@ impl Hosted {
             }
             self.own_what_is_placed(catalog, plan).await?;
         } else if retired {
-            self.give_away(catalog, |_| false).await?;
+            self.give_away_what_moved(catalog).await?;
         }
         let order = Control::ApplyCatalog { epoch: catalog.epoch, version: catalog.version, role };
         replica.control(order).await?;
@@ -154,7 +154,7 @@ impl Hosted {
                 "opened"
             );
         }
-        self.give_away(catalog, |band| owned.contains(band)).await?;
+        self.give_away_what_moved(catalog).await?;
         let sealing = plan.filter(|plan| plan.step == Step::Sealing && gives(plan, replica));
         match sealing.and_then(|plan| Some((plan, plan.leaving()?))) {
             Some((plan, range)) => self.seal(catalog, plan, range).await,
@@ -170,17 +170,17 @@ impl Hosted {
         }
     }
 
-    /// Gives away the bands that the replica owns and that are not to stay.
-    async fn give_away(
-        &self,
-        catalog: &Catalog,
-        stays: impl Fn(Band) -> bool,
-    ) -> Result<(), ReplicaError> {
+    /// Gives away the bands that the replica owns and that do not stay under the version: all, when
+    /// its shard has retired; none, when it has no place at all.
+    pub(super) async fn give_away_what_moved(&self, catalog: &Catalog) -> Result<(), ReplicaError> {
         let replica = &self.replica;
-        let ranges = replica.ranges();
-        let Some(range) = range_of(ranges.owned().filter(|band| !stays(*band))) else {
+        let (placed, retired) = (catalog.is_placed(replica.id), catalog.is_retired(replica.id));
+        if !placed && !retired {
             return Ok(());
-        };
+        }
+        let (ranges, owned) = (replica.ranges(), catalog.owned_bands());
+        let leaves = |band: &Band| !(placed && owned.contains(*band));
+        let Some(range) = range_of(ranges.owned().filter(leaves)) else { return Ok(()) };
         self.passes(points::SOURCE_RELEASE_BEFORE).await?;
         let (epoch, version, state) = (catalog.epoch, catalog.version, RangeState::Leaving);
         replica.control(Control::SetRange { epoch, version, range, state }).await?;

@@ -35,7 +35,11 @@ const HOUSEKEEPING_WHILE_IDLE: Duration = Duration::from_secs(4);
 const LAST_CHUNK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Runs until the host is cancelled.
-pub(super) async fn run(shared: Arc<Shared>, mut catalogs: watch::Receiver<Arc<Catalog>>) {
+pub(super) async fn run(
+    shared: Arc<Shared>,
+    mut catalogs: watch::Receiver<Arc<Catalog>>,
+    mut announced: watch::Receiver<Option<Arc<Catalog>>>,
+) {
     let (replica, first) = match Box::pin(shared.open(&mut catalogs)).await {
         Ok(Some(opened)) => opened,
         Ok(None) => return,
@@ -43,7 +47,7 @@ pub(super) async fn run(shared: Arc<Shared>, mut catalogs: watch::Receiver<Arc<C
     };
     let mut pauses = shared.context.registry.stall.pauses();
     let (hosted, tasks) = start(shared, replica, &first).await;
-    reconcile(&hosted, &mut catalogs, &mut pauses).await;
+    reconcile(&hosted, &mut catalogs, &mut announced, &mut pauses).await;
     tasks.end(&hosted).await;
 }
 
@@ -112,10 +116,25 @@ async fn start(shared: Arc<Shared>, replica: Replica, first: &Catalog) -> (Arc<H
     (hosted, Tasks { replicating, shipping, shipper })
 }
 
+/// Returns the next version that is announced before the node remembers it.
+async fn announcement(announced: &mut watch::Receiver<Option<Arc<Catalog>>>) -> Arc<Catalog> {
+    loop {
+        if announced.changed().await.is_err() {
+            // Nobody has the host any more: its task ends.
+            std::future::pending::<()>().await;
+        }
+        let catalog = announced.borrow_and_update().clone();
+        if let Some(catalog) = catalog {
+            return catalog;
+        }
+    }
+}
+
 /// Applies each catalog version, with housekeeping in between, until the host is cancelled.
 async fn reconcile(
     hosted: &Arc<Hosted>,
     catalogs: &mut watch::Receiver<Arc<Catalog>>,
+    announced: &mut watch::Receiver<Option<Arc<Catalog>>>,
     pauses: &mut watch::Receiver<u64>,
 ) {
     let Hosted { shared, replica, replicator, .. } = &**hosted;
@@ -159,6 +178,7 @@ async fn reconcile(
             tokio::select! {
                 () = shared.cancel.cancelled() => break,
                 _ = catalogs.changed() => break,
+                heard = announcement(announced) => hosted.hear(&heard).await,
                 () = &mut retry, if again => break,
                 // The process stood still: peers may have taken over and acknowledged writes that
                 // are not here.

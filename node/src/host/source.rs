@@ -18,6 +18,7 @@ use super::hosted::{Hosted, Preparation};
 use super::shared::{RETRY, RETRY_MAX};
 use crate::build::BuildError;
 use crate::build::resize::export::{Export, Exported};
+use crate::replica::Pause;
 use crate::ship::LogNeed;
 
 /// Interval of polls until the replica has the floor of the plan.
@@ -37,15 +38,16 @@ impl Hosted {
         };
         let source = plan.sources.iter().find(|source| source.replica == replica.id);
         let ships_to_the_end = source.is_some() && plan.shrinks() && plan.step == Step::Committed;
+        let told = self.background.lock().told.filter(|(id, _)| *id == plan.id);
         {
             let mut status = shared.status.lock();
             let progress = status.source_of(plan.id);
             if plan.step == Step::Prepare {
-                let _ = replica.take_pauses(); // those of an earlier plan
+                let _ = (replica.take_pauses(), replica.take_pause()); // those of an earlier plan
             }
             if plan.step == Step::Committed && !progress.released {
                 let pauses = replica.take_pauses();
-                self.trace_pauses(plan.id, &pauses);
+                self.trace_pauses(plan.id, &pauses, told.map(|(_, at)| at));
                 progress.pauses_us.extend(pauses);
                 progress.released = !ships_to_the_end;
             }
@@ -65,18 +67,27 @@ impl Hosted {
         }
     }
 
-    /// Exports how long writes of the moving keys waited, the pause itself first.
-    fn trace_pauses(&self, plan: PlanId, pauses_us: &[u64]) {
-        let Some(pause_us) = pauses_us.first() else { return };
-        let now = Instant::now();
-        let began = now.checked_sub(Duration::from_micros(*pause_us)).unwrap_or(now);
+    /// Exports how long writes of the moving keys waited, the pause itself first, and where the pause
+    /// went. `told` is when the replica heard of the decision.
+    fn trace_pauses(&self, plan: PlanId, pauses_us: &[u64], told: Option<Instant>) {
+        let Some(pause) = self.replica.take_pause().filter(|_| !pauses_us.is_empty()) else {
+            return;
+        };
+        let Pause { began, sealed, released } = pause;
         let mut span = self.shared.trace(plan).began("source pause", began);
         let PauseMs { p50, p99, max } = PauseMs::of(pauses_us.to_vec());
         span.count("vasto.writes_waited", pauses_us.len() as u64 - 1);
         span.set("vasto.p50_ms", p50);
         span.set("vasto.p99_ms", p99);
         span.set("vasto.max_ms", max);
-        span.done();
+        let told = told.unwrap_or(released).clamp(sealed, released);
+        let ms = |from: Instant, to: Instant| {
+            to.saturating_duration_since(from).as_micros() as f64 / 1000.0
+        };
+        span.set("vasto.seal_ms", ms(began, sealed));
+        span.set("vasto.decision_ms", ms(sealed, told));
+        span.set("vasto.release_ms", ms(told, released));
+        span.done_at(released);
     }
 
     /// Ships the log of a retired shard to its end, then releases: a restore to the last moments of

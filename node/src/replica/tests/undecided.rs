@@ -227,6 +227,72 @@ async fn a_commit_that_no_master_tells_of_is_found_and_never_undone() {
     node.stop().await;
 }
 
+/// Writers wait for the decision, not for the disk that is to remember it; and a crash in between
+/// leaves a node that finds it again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn waiting_writes_are_sent_on_before_the_node_remembers_the_commit() {
+    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
+    let store = CatalogStore::new(bucket.without_faults());
+    let first = keyspace(1);
+    let sealed = sealing(&first);
+    let decided = committed(&sealed);
+    let range = plan(&sealed).leaving().unwrap();
+    write_all(&store, &[&first, &sealed, &decided]).await;
+    let node = Member::start(1, dir.path(), bucket.bucket()).await;
+    node.apply(&first).await;
+    let replica = node.replica(1).await;
+    node.seal(&sealed, &replica).await;
+    let key = moving(&sealed);
+    let waiting = send(&replica, vec![put(&key, "waited")], Ack::Fsync);
+    let in_the_way = dir.path().join("catalog").join(format!("{KEYSPACE}.json.part"));
+    std::fs::create_dir(&in_the_way).unwrap();
+    let told = node.manager.apply_catalog(Arc::new(decided.clone()), false).await;
+    assert!(matches!(told, Err(DirError::Io { .. })), "{told:?}");
+    let answer = tokio::task::spawn_blocking(move || waiting.recv_timeout(DEADLINE));
+    assert_eq!(answer.await.unwrap().unwrap().unwrap_err().code, ErrorCode::WrongEpoch);
+    assert_eq!(
+        node.registry.topology(KEYSPACE).unwrap().epoch,
+        decided.epoch,
+        "they hear where to"
+    );
+    until("the keys to be given away", || replica.ranges().all_are(range, RangeState::Leaving))
+        .await;
+    drop(replica);
+    node.stop().await;
+    std::fs::remove_dir(&in_the_way).unwrap();
+    let node = Member::start(1, dir.path(), bucket.bucket()).await;
+    let replica = node.replica(1).await;
+    until("the commit to be found", || node.version() == decided.version.0).await;
+    assert!(
+        replica.ranges().all_are(range, RangeState::Leaving) && replica.ranges().seal.is_none()
+    );
+    let late = tokio::task::spawn_blocking(move || try_write(&replica, vec![put(&key, "late")]));
+    assert_eq!(late.await.unwrap().unwrap_err().code, ErrorCode::WrongEpoch);
+    node.stop().await;
+}
+
+/// A version that moves nothing of a replica waits for the disk as before.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_sealed_before_the_node_remembers_why() {
+    let (bucket, dir) = (Faulty::in_memory(), memory_dir());
+    let first = keyspace(1);
+    let node = Member::start(1, dir.path(), bucket.bucket()).await;
+    node.apply(&first).await;
+    let replica = node.replica(1).await;
+    let in_the_way = dir.path().join("catalog").join(format!("{KEYSPACE}.json.part"));
+    std::fs::create_dir(&in_the_way).unwrap();
+    let sealed = sealing(&first);
+    let told = node.manager.apply_catalog(Arc::new(sealed.clone()), false).await;
+    assert!(told.is_err());
+    let key = moving(&sealed);
+    let writer = replica.clone();
+    tokio::task::spawn_blocking(move || write_one(&writer, put(&key, "v"))).await.unwrap();
+    assert!(replica.ranges().seal.is_none());
+    std::fs::remove_dir(&in_the_way).unwrap();
+    drop(replica);
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_sealed_nodes_write_one_version_and_both_apply_it() {
     let (bucket, dirs) = (Faulty::in_memory(), [memory_dir(), memory_dir()]);
