@@ -68,18 +68,21 @@ impl Replica {
         self.applied_lsn().min(self.shared.log.synced_lsn())
     }
 
-    /// Returns the position that is durable and visible, without the writer.
+    /// Returns the position that is durable and visible, without the writer. It names all that was
+    /// acknowledged as durable.
     pub(crate) fn settled(&self) -> Position {
         // Read in this order: every applied record is in the vector.
         let synced = self.shared.log.synced_lsn();
         let applied = self.applied_lsn();
         let mut vector = self.vector();
-        // Of what is applied before it is synced, all but changes of ranges are own records with
-        // entries: the count is never too low.
+        // Not all of them are numbered own records: a range that is given away or opened is so
+        // before its record is synced. Without what the writer knows the count would leave out an
+        // own record that was acknowledged.
         let unsynced = applied.0.saturating_sub(synced.0);
+        let known = self.shared.settled_own_seq.load(Ordering::Acquire);
         let own = Origin { replica: self.id, incarnation: self.incarnation() };
         if let Some(own_seq) = vector.get_mut(&own) {
-            own_seq.0 = own_seq.0.saturating_sub(unsynced);
+            own_seq.0 = own_seq.0.saturating_sub(unsynced).max(known);
         }
         Position {
             lsn: applied.min(synced),

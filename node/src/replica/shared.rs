@@ -149,6 +149,9 @@ pub(super) struct Shared {
     pub(super) busy_since_ms: AtomicU64,
     /// Last own record in the log, applied or not.
     pub(super) logged_own_seq: AtomicU64,
+    /// Last own record of which the writer knows that it is applied and durable: none that was
+    /// acknowledged as durable is behind it.
+    pub(super) settled_own_seq: AtomicU64,
 }
 
 impl Shared {
@@ -192,6 +195,7 @@ impl Shared {
             authority: Arc::default(),
             busy_since_ms: AtomicU64::new(0),
             logged_own_seq: AtomicU64::new(0),
+            settled_own_seq: AtomicU64::new(0),
         }
     }
 

@@ -223,7 +223,13 @@ impl Store {
         })?;
         self.unsynced_since = None;
         metrics::sync(started.elapsed());
+        self.note_settled();
         Ok(())
+    }
+
+    /// Notes that the own records that are applied are durable.
+    fn note_settled(&self) {
+        self.shared.settled_own_seq.store(self.meta.head.own_seq.0, Ordering::Release);
     }
 
     pub(super) fn is_synced(&self) -> bool {
@@ -253,6 +259,9 @@ impl Store {
         let _waits = self.wait_for_disk();
         self.shared.engine.write(batch).map_err(|error| self.close(error.to_string()))?;
         self.shared.engine.raise_floor(self.meta.head.floor);
+        if self.is_synced() {
+            self.note_settled();
+        }
         self.publish();
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! What is durable before writers go on at a cutover, and what is durable behind it.
 
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use vasto_core::catalog::Ack;
 use vasto_core::ids::{CatalogVersion, Epoch, Lsn, PlanId, ReplicaId, ShardId, covers};
@@ -13,6 +14,8 @@ use crate::replica::command::{Control, ReplicaError};
 
 const MOVING: BandRange = BandRange { first: Band(1), last: Band(1) };
 const SEALING: CatalogVersion = CatalogVersion(5);
+/// Long enough for a writer to show what it should not.
+const A_MOMENT: Duration = Duration::from_millis(50);
 
 fn seal() -> Control {
     Control::Seal { plan: PlanId(1), version: SEALING, range: MOVING }
@@ -41,13 +44,15 @@ fn waiting_writes_are_sent_on_before_the_record_that_gives_their_range_away_is_d
     write_one(&replica, put(&key, "before"));
     control(&replica, seal()).unwrap();
     let waiting = send(&replica, vec![put(&key, "late")], Ack::Fsync);
-    let synced = replica.log().synced_lsn();
+    let (synced, held) = (replica.log().synced_lsn(), replica.vector());
     let syncs = replica.log().hold_syncs();
     let giving = begin(&replica, becomes(RangeState::Leaving));
     assert_eq!(waiting.recv_timeout(DEADLINE).unwrap().unwrap_err().code, ErrorCode::WrongEpoch);
     assert_eq!(try_get(&replica, &key).unwrap_err().code, ErrorCode::WrongEpoch, "nor are reads");
     assert_eq!(replica.log().synced_lsn(), synced);
     assert!(!giving.is_finished(), "the order is answered once it is durable");
+    // Its disk hangs, and another replica takes over: it is told all that was acknowledged.
+    assert_eq!(replica.settled().vector, held);
     drop(syncs);
     let lsn = giving.join().unwrap().unwrap();
     assert!(replica.log().synced_lsn() >= lsn);
@@ -84,6 +89,7 @@ fn a_seal_is_seen_by_nobody_before_it_is_durable() {
     let syncs = replica.log().hold_syncs();
     let sealing = begin(&replica, seal());
     wait_for("the seal to be logged", || replica.log().appended_lsn() > appended);
+    std::thread::park_timeout(A_MOMENT);
     assert!(replica.ranges().seal.is_none() && replica.position_at_seal(SEALING).is_none());
     assert!(!sealing.is_finished());
     drop(syncs);
