@@ -53,8 +53,7 @@ pub(super) async fn follow_all(build: &Build, plan: &Plan) -> Result<(), BuildEr
     let lags = Arc::new(Mutex::new(
         plan.sources.iter().map(|source| (source.replica, Lag::UNKNOWN)).collect(),
     ));
-    let syncs = Syncs::of(plan.sources.iter().map(|source| source.replica));
-    let syncs = Arc::new(Mutex::new(syncs));
+    let syncs = Arc::new(Mutex::new(Syncs::default()));
     let mut tail = build.trace.begin("target tail");
     let catching_up = Arc::new(Mutex::new(Some(build.trace.begin("target catch up"))));
     let followers = plan.sources.iter().map(|source| {
@@ -165,6 +164,7 @@ impl Follower<'_> {
                 self.build.progress.lock().failed_for_now(&reason);
                 self.failed = Some(reason);
                 self.syncs.lock().note(self.source.replica, None);
+                self.settle().await?;
                 self.set_lag(Lag::UNKNOWN);
             }
             tokio::time::sleep(RETRY).await;
@@ -236,6 +236,15 @@ impl Follower<'_> {
         self.cursor = covered;
         self.unsynced.push_back((lsn, covered));
         self.note_durable();
+        Ok(())
+    }
+
+    /// Makes durable, and counts, what a source has sent that may not come back: it may have sealed.
+    async fn settle(&mut self) -> Result<(), BuildError> {
+        if !self.unsynced.is_empty() {
+            self.build.replica.position().await?;
+            self.note_durable();
+        }
         Ok(())
     }
 

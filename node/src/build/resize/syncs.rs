@@ -7,6 +7,8 @@
 //! **Invariants**
 //! - What waits for no sync here does not count as durable before the log has said so.
 //! - The frame by which all sources are sealed is synced, and each one behind it.
+//! - A frame is kept waiting only for a source that is known to be open: never for one that does not
+//!   tell, because it is older or cannot be reached.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -17,33 +19,32 @@ use vasto_core::ids::ReplicaId;
 const INTERVAL: Duration = Duration::from_millis(100);
 
 /// What the followers of one target share.
+#[derive(Default)]
 pub(super) struct Syncs {
-    /// Per source, whether it was sealed at its last frame.
+    /// Whether each source that tells was sealed at its last frame.
     sealed: BTreeMap<ReplicaId, bool>,
     /// When a frame has waited for a sync last.
     asked: Option<Instant>,
 }
 
 impl Syncs {
-    /// Creates the state of a target that follows these sources.
-    pub(super) fn of(sources: impl Iterator<Item = ReplicaId>) -> Self {
-        Self { sealed: sources.map(|source| (source, false)).collect(), asked: None }
-    }
-
     /// Notes whether a source is sealed at what was taken from it last; `None`: it does not tell.
     pub(super) fn note(&mut self, source: ReplicaId, sealed: Option<bool>) {
-        self.sealed.insert(source, sealed == Some(true));
+        match sealed {
+            Some(sealed) => self.sealed.insert(source, sealed),
+            None => self.sealed.remove(&source),
+        };
     }
 
     /// Notes the same of a frame that is applied now; returns true when it waits for a sync. So does
     /// every frame of a source that does not tell.
     pub(super) fn wants(&mut self, source: ReplicaId, sealed: Option<bool>, now: Instant) -> bool {
         self.note(source, sealed);
-        let count = self.sealed.values().filter(|sealed| **sealed).count();
         let is_due =
             self.asked.is_none_or(|asked| now.saturating_duration_since(asked) >= INTERVAL);
+        let any = |wanted: bool| self.sealed.values().any(|sealed| *sealed == wanted);
         // Once one is sealed the others will be in a moment.
-        let wants = sealed.is_none() || count == self.sealed.len() || (is_due && count == 0);
+        let wants = sealed.is_none() || !any(false) || (is_due && !any(true));
         if wants {
             self.asked = Some(now);
         }
@@ -58,14 +59,11 @@ mod tests {
     const ONE: ReplicaId = ReplicaId(1);
     const OTHER: ReplicaId = ReplicaId(2);
 
-    fn two() -> Syncs {
-        Syncs::of([ONE, OTHER].into_iter())
-    }
-
     #[test]
     fn tails_are_synced_now_and_then_and_once_when_the_last_source_has_sealed() {
-        let (mut syncs, began) = (two(), Instant::now());
+        let (mut syncs, began) = (Syncs::default(), Instant::now());
         let at = |ms| began + Duration::from_millis(ms);
+        syncs.note(OTHER, Some(false));
         assert!(syncs.wants(ONE, Some(false), at(0)), "the first one");
         assert!(!syncs.wants(OTHER, Some(false), at(40)));
         assert!(!syncs.wants(ONE, Some(false), at(99)));
@@ -79,24 +77,29 @@ mod tests {
         assert!(syncs.wants(OTHER, Some(false), at(402)));
     }
 
+    /// Nothing says when it seals: the others would be waited for until the writer syncs by itself.
     #[test]
-    fn a_source_that_does_not_tell_is_synced_always_and_never_counts_as_sealed() {
-        let (mut syncs, now) = (two(), Instant::now());
+    fn a_source_that_does_not_tell_is_synced_always_and_keeps_nobody_waiting() {
+        let (mut syncs, now) = (Syncs::default(), Instant::now());
         for _ in 0..3 {
             assert!(syncs.wants(ONE, None, now));
         }
-        assert!(!syncs.wants(OTHER, Some(true), now));
+        assert!(!syncs.wants(OTHER, Some(false), now), "it is open itself, and none is due");
+        assert!(syncs.wants(OTHER, Some(true), now));
+        assert!(syncs.wants(ONE, None, now));
     }
 
     #[test]
-    fn a_source_whose_stream_has_broken_is_not_known_to_be_sealed() {
-        let (mut syncs, now) = (two(), Instant::now());
-        assert!(syncs.wants(OTHER, Some(false), now));
+    fn a_source_whose_stream_has_broken_keeps_nobody_waiting_before_it_is_back() {
+        let (mut syncs, now) = (Syncs::default(), Instant::now());
+        syncs.note(OTHER, Some(false));
         assert!(!syncs.wants(ONE, Some(true), now));
-        syncs.note(ONE, None);
-        assert!(!syncs.wants(OTHER, Some(true), now));
+        syncs.note(OTHER, None);
+        assert!(syncs.wants(ONE, Some(true), now));
+        syncs.note(OTHER, Some(false));
+        assert!(!syncs.wants(ONE, Some(true), now));
         // Nothing is new behind its seal, but that it is there.
-        syncs.note(ONE, Some(true));
-        assert!(syncs.wants(OTHER, Some(true), now));
+        syncs.note(OTHER, Some(true));
+        assert!(syncs.wants(ONE, Some(true), now));
     }
 }

@@ -147,33 +147,23 @@ impl Replication for Cut {
     }
 }
 
-/// A node whose sources are sealed right behind what a target has: the source of a number says so
-/// once it may.
-struct Sealed(watch::Receiver<u64>);
+/// A node whose sources send what the test says, by the number of a source and what its target has;
+/// one that sends nothing is gone.
+struct Sends<F>(F);
 
 #[tonic::async_trait]
-impl Replication for Sealed {
+impl<F> Replication for Sends<F>
+where
+    F: Fn(u64, u64) -> Option<Frames<v1::TailFrame>> + Send + Sync + 'static,
+{
     type TailStream = Frames<v1::TailFrame>;
     type PullStream = Frames<v1::PullFrame>;
     type LeaseStream = Frames<v1::LeaseReply>;
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Answer<Self::TailStream> {
-        let (source, after) = (request.get_ref().replica_id, request.get_ref().after_lsn);
-        let mut may = self.0.clone();
-        let frame = async move {
-            while *may.borrow_and_update() < source {
-                may.changed().await.map_err(|error| Status::internal(error.to_string()))?;
-            }
-            Ok::<_, Status>(v1::TailFrame {
-                records: Vec::new(),
-                covered_lsn: after + BEHIND,
-                head_lsn: after + BEHIND,
-                lag_bytes: Some(0),
-                sealed: Some(true),
-            })
-        };
-        let frames = futures::stream::once(frame).chain(futures::stream::pending());
-        Ok(Response::new(Box::pin(frames)))
+        let request = request.get_ref();
+        let frames = (self.0)(request.replica_id, request.after_lsn);
+        frames.map(Response::new).ok_or_else(|| Status::unavailable("it is gone"))
     }
 
     async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Answer<Self::PullStream> {
@@ -190,6 +180,17 @@ impl Replication for Sealed {
 
     async fn promise(&self, _: Request<v1::PromiseRequest>) -> Answer<v1::PositionReply> {
         Err(Status::unimplemented("not here"))
+    }
+}
+
+/// Returns a frame without rows of a source that has sent all it has.
+fn frame(covered: u64, sealed: bool) -> v1::TailFrame {
+    v1::TailFrame {
+        records: Vec::new(),
+        covered_lsn: covered,
+        head_lsn: covered,
+        lag_bytes: Some(0),
+        sealed: Some(sealed),
     }
 }
 
@@ -457,7 +458,20 @@ async fn a_tail_whose_log_is_cut_goes_on_inside_a_chunk() {
 async fn a_cursor_counts_once_what_it_covers_is_durable() {
     let mut grow = Grow::prepare().await;
     let (may, allowed) = watch::channel(0);
-    grow.addresses.insert(NodeId(1), listen(Sealed(allowed)).await);
+    // A source is sealed right behind what the target has, once it may.
+    let node = Sends(move |source: u64, after: u64| -> Option<Frames<v1::TailFrame>> {
+        let mut may = allowed.clone();
+        let sealed = async move {
+            while *may.borrow_and_update() < source {
+                may.changed().await.map_err(|error| Status::internal(error.to_string()))?;
+            }
+            Ok::<_, Status>(frame(after + BEHIND, true))
+        };
+        let open = futures::stream::iter([Ok(frame(after, false))]);
+        let frames = open.chain(futures::stream::once(sealed)).chain(futures::stream::pending());
+        Some(Box::pin(frames))
+    });
+    grow.addresses.insert(NodeId(1), listen(node).await);
     let pinned = |at: usize| grow.plan.sources[at].manifest.as_ref().unwrap().lsn;
     let pinned = [pinned(0), pinned(1)];
     let rig = target_rig();
@@ -468,7 +482,8 @@ async fn a_cursor_counts_once_what_it_covers_is_durable() {
         progress.cursors.get(&ReplicaId(source)).copied().unwrap_or_default()
     };
     grow.build(&rig, &target, |progress| {
-        if !tailing(progress) || cursor(progress, 2) == Lsn(0) {
+        // Both have said that they are open: the one that seals first waits for the other.
+        if !tailing(progress) || progress.lag_lsns == u64::MAX {
             return false;
         }
         let (before, applied) = *since.get_or_insert_with(|| {
@@ -491,6 +506,32 @@ async fn a_cursor_counts_once_what_it_covers_is_durable() {
         counts && cursor(progress, 2) == Lsn(pinned[1].0 + BEHIND)
     })
     .await;
+}
+
+/// It may have sealed, and told so, with its last frame: the plan needs nothing more of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_source_has_sent_counts_though_it_is_gone() {
+    let mut grow = Grow::prepare().await;
+    let met = Mutex::new(HashSet::new());
+    let node = Sends(move |source: u64, after: u64| -> Option<Frames<v1::TailFrame>> {
+        if !met.lock().insert(source) {
+            return None;
+        }
+        // So many that not each of them is due to be synced.
+        let sent = (1..=BEHIND).map(move |more| frame(after + more, false));
+        let dies = futures::stream::iter([Err(Status::unavailable("it dies"))]);
+        Some(Box::pin(futures::stream::iter(sent).map(Ok::<_, Status>).chain(dies)))
+    });
+    grow.addresses.insert(NodeId(1), listen(node).await);
+    let sent = grow.plan.sources.iter().map(|source| {
+        let pinned = source.manifest.as_ref().unwrap().lsn;
+        (source.replica, Lsn(pinned.0 + BEHIND))
+    });
+    let sent: BTreeMap<ReplicaId, Lsn> = sent.collect();
+    let rig = target_rig();
+    let target = rig.create();
+    grow.build(&rig, &target, |progress| tailing(progress) && progress.cursors == sent).await;
+    assert!(target.settled_lsn() >= target.applied_lsn(), "they count once they are durable");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
