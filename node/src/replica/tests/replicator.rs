@@ -9,7 +9,7 @@ use tonic::transport::Server;
 use vasto_core::catalog::{Ack, Catalog, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Epoch, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::reconcile::evict;
-use vasto_core::record::RangeState;
+use vasto_core::record::{BandRange, RangeState};
 use vasto_core::topology::NodeAddress;
 use vasto_core::{Band, ErrorCode};
 use vasto_proto::v1::replication_server::ReplicationServer;
@@ -213,6 +213,41 @@ async fn what_a_peer_took_before_its_own_seal_is_in_the_log_of_the_source_up_to_
         assert!(keys.iter().any(|read| read == key), "{key}: {keys:?}");
     }
     assert!(waits.recv_timeout(Duration::ZERO).is_err(), "a sealed replica takes nothing");
+}
+
+/// What is written to other keys behind the seals is synced by itself: nobody waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_source_that_held_everything_at_its_seal_names_that_seal_and_waits_for_no_disk() {
+    let all = members(2).await;
+    let (source, peer) = (&all[0], &all[1]);
+    let catalog = Arc::new(shard_on(2));
+    apply_catalog(source, catalog.version.0, Role::Primary);
+    apply_catalog(peer, catalog.version.0, Role::Secondary);
+    write_one(&peer.replica, put("before", "v"));
+    source.replicator.follow(&catalog);
+    until("the source to have it", || source.replica.covers(&peer.replica.vector())).await;
+    let range = BandRange { first: Band(1), last: Band(1) };
+    let sealed = [peer, source].map(|member| {
+        let (plan, version) = (PlanId(1), catalog.version);
+        control(&member.replica, Control::Seal { plan, version, range }).unwrap()
+    });
+    let syncs = Some([peer, source].map(|member| member.replica.log().hold_syncs()));
+    let staying = keys_in(Band(2), "s", 1).remove(0);
+    for member in [peer, source] {
+        let written = send(&member.replica, vec![put(&staying, "behind")], Ack::Os);
+        written.recv_timeout(DEADLINE).unwrap().unwrap();
+    }
+    let named = async {
+        loop {
+            // It gives up after a second, on a busy machine in vain.
+            if let Some(lsn) = source.replicator.sealed_by_all(&catalog).await {
+                return lsn;
+            }
+        }
+    };
+    let named = tokio::time::timeout(DEADLINE, named).await;
+    drop(syncs);
+    assert_eq!(named.unwrap(), sealed[1]);
 }
 
 /// Its writes come to the log of the source, and count there.

@@ -284,6 +284,8 @@ async fn nothing_is_sealed_before_the_node_remembers_why() {
     let sealed = sealing(&first);
     let told = node.manager.apply_catalog(Arc::new(sealed.clone()), false).await;
     assert!(told.is_err());
+    // Its host has heard of the version meanwhile.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     let key = moving(&sealed);
     let writer = replica.clone();
     tokio::task::spawn_blocking(move || write_one(&writer, put(&key, "v"))).await.unwrap();
