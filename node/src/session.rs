@@ -308,12 +308,15 @@ async fn handle(
         }
         FromMaster::Command(command) => {
             let (manager, to_master) = (context.manager.clone(), to_master.clone());
+            let registry = context.registry.clone();
             // Ends with the command; a stopping node answers through its shippers.
             tokio::spawn(async move {
                 let (catalogs, error) = match command::execute(&manager, &command).await {
                     Ok(catalogs) => (catalogs, String::new()),
                     Err(error) => (Vec::new(), error),
                 };
+                // Sizes and positions are others now; a node at rest reports them seldom.
+                registry.report.notify_one();
                 let done = v1::CommandDone { id: command.id, error, catalogs };
                 let _ =
                     to_master.send(v1::NodeMessage { message: Some(ToMaster::Done(done)) }).await;

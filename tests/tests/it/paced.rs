@@ -145,7 +145,12 @@ async fn a_rebalance_is_slowed_down_and_paused_with_its_moves_and_goes_on_under_
     let joined = cluster.add_node().await?;
     let joined = cluster.node_id(joined).context("no node")?;
     let rate = RATE.to_string();
-    let free = cluster.json(&["cluster", "rebalance", "--plan"]).await?;
+    // The sizes are in the next report after the checkpoints.
+    let free = until("a plan that knows the sizes", DEADLINE, async || {
+        let plan = cluster.json(&["cluster", "rebalance", "--plan"]).await.ok()?;
+        (plan["bytes_moved"].as_u64() > Some(0)).then_some(plan)
+    });
+    let free = free.await?;
     let plan = cluster.json(&["cluster", "rebalance", "--plan", "--max-rate", &rate]).await?;
     ensure!(plan["seconds"].as_f64() > free["seconds"].as_f64(), "{plan} instead of {free}");
     let begun = cluster.json(&["cluster", "rebalance", "--max-rate", &rate, "--no-wait"]).await?;
