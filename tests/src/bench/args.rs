@@ -33,7 +33,7 @@ pub struct Args {
     /// Bytes a second of a grow, a rebalance and restores, beside a plain download
     #[arg(long, help_heading = "Parts")]
     pub speed: bool,
-    /// Latency of clients during each kind of change, at half of the peak load and at all of it
+    /// Latency of clients during each kind of change, while half of the machine is busy and while all of it is
     #[arg(long, help_heading = "Parts")]
     pub latency: bool,
     /// Pauses, errors and losses of writers that write to the moving keys alone

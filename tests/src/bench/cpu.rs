@@ -83,6 +83,12 @@ impl CpuUsed {
         )
     }
 
+    /// Returns the share of all processors that was busy, 0 to 1.
+    pub(super) fn busy(&self) -> f64 {
+        (self.generator_s + self.nodes_s + self.master_s + self.others_s)
+            / self.available_s.max(1e-9)
+    }
+
     pub(super) fn cluster_s(&self) -> f64 {
         self.nodes_s + self.master_s
     }
@@ -133,6 +139,7 @@ mod tests {
             available_s: 10.0,
         };
         assert_eq!(used.shares(), "10/40/20 %");
+        assert!((used.busy() - 0.7).abs() < 1e-9);
         let mut twice = used;
         twice.add(&used);
         assert_eq!(twice.shares(), used.shares());

@@ -1,5 +1,9 @@
-//! Latency of clients in calm and during each kind of change, on the keyspace that changes: at half of
-//! the load that the machine gives, and at all of it.
+//! Latency of clients in calm and during each kind of change, on the keyspace that changes: while half of
+//! the processors are busy, and while all are.
+//!
+//! Half of the requests that a saturated machine answers keep much more than half of it busy: the more
+//! requests wait, the more of them a frame, a group commit and a wake-up carry. So the rate is looked
+//! for at which the processors are half busy.
 //!
 //! **Invariant:** a change is compared with the calm just before it, on the same cluster, with the same
 //! clients.
@@ -25,8 +29,12 @@ const NAME: &str = "bulk";
 /// Minutes that the part has, and the most GiB of rows with which they are enough.
 const MINUTES: u64 = 10;
 const GIB_MAX: f64 = 0.5;
-/// Time for each look at the peak, at most.
+/// Time for each look at the peak, and at a rate, at most.
 const PEAK: Duration = Duration::from_secs(5);
+/// Rates that are looked at to find one.
+const RATES: usize = 6;
+/// How far the share of the processors may be from the one that is looked for.
+const SHARE_NEAR: f64 = 0.04;
 /// Where the restore goes.
 const RESTORED: &str = "restored";
 /// Shards, and those after a grow.
@@ -62,6 +70,8 @@ struct Level {
     peak_requests_per_s: f64,
     /// Clients at the peak.
     peak_clients: u64,
+    /// Requests a second that are sent; none when clients send the next one after the last.
+    paced_requests_per_s: Option<f64>,
     changes: Vec<Change>,
 }
 
@@ -93,7 +103,7 @@ pub(super) async fn measure(args: &Args, s3: Option<&S3Server>) -> Latency {
 
 async fn run(args: &Args, s3: Option<&S3Server>, levels: &mut Vec<Level>) -> Result<()> {
     for (name, part, times_max) in
-        [("half of the peak", Some(0.5), TIMES_MAX.0), ("saturation", None, TIMES_MAX.1)]
+        [("half of the machine", Some(0.5), TIMES_MAX.0), ("saturation", None, TIMES_MAX.1)]
     {
         let prefix = if part.is_some() { "latency-half" } else { "latency-full" };
         let stage = Stage::start(args, s3, prefix, NODES, Garbage::Goes).await?;
@@ -105,10 +115,10 @@ async fn run(args: &Args, s3: Option<&S3Server>, levels: &mut Vec<Level>) -> Res
     Ok(())
 }
 
-/// Runs all changes at one load: a part of the peak, or all that the clients of the peak ask for.
+/// Runs all changes at one load: a part of the processors, or all that the clients of the peak ask for.
 async fn measure_level(
     args: &Args,
-    stage: Stage,
+    mut stage: Stage,
     level: &mut Level,
     part: Option<f64>,
     times_max: f64,
@@ -123,7 +133,12 @@ async fn measure_level(
     let Peak { clients, requests_per_s } = peak;
     (level.peak_requests_per_s, level.peak_clients) = (requests_per_s, clients);
     let arrivals = match part {
-        Some(part) => Arrivals::Paced(requests_per_s * part),
+        Some(part) => {
+            let first = (requests_per_s * part, part);
+            let rate = rate_that_takes(args, &mut stage, &keyspace, &values, first).await?;
+            level.paced_requests_per_s = Some(rate);
+            Arrivals::Paced(rate)
+        }
         None => Arrivals::Closed(clients),
     };
     note(&format!("latency at {}: {arrivals:?}", level.name));
@@ -134,6 +149,32 @@ async fn measure_level(
     let Scene { stage, clients, .. } = scene;
     drop(clients);
     stage.finish().await
+}
+
+/// Returns the requests a second that keep a part of all processors busy, given a first guess.
+async fn rate_that_takes(
+    args: &Args,
+    stage: &mut Stage,
+    keyspace: &Keyspace,
+    values: &Values,
+    (guess, part): (f64, f64),
+) -> Result<f64> {
+    let mut rate = guess;
+    for _ in 0..RATES {
+        let clients = Foreground::start(keyspace, values, Arrivals::Paced(rate), args.seed)?;
+        tokio::time::sleep(REST).await;
+        let before = stage.cpu()?;
+        clients.measure(args.calm().min(PEAK)).await?;
+        let busy = before.until(&stage.cpu()?).busy();
+        drop(clients);
+        note(&format!("{rate:.0} requests a second keep {:.0} % busy", busy * 100.0));
+        if (busy - part).abs() <= SHARE_NEAR {
+            break;
+        }
+        rate *= (part / busy.max(0.01)).clamp(0.25, 1.5);
+        tokio::time::sleep(REST).await;
+    }
+    Ok(rate)
 }
 
 /// A cluster under load.
@@ -283,8 +324,11 @@ impl Part for Latency {
         let mut text = "## Latency of clients, p50 / p99 / p99.9 in ms\n".to_owned();
         for level in &self.levels {
             text += &format!(
-                "\n### At {}: the peak is {:.0} requests a second with {} clients\n\n{}",
+                "\n### At {}{}; the peak is {:.0} requests a second with {} clients\n\n{}",
                 level.name,
+                level
+                    .paced_requests_per_s
+                    .map_or_else(String::new, |rate| format!(", {rate:.0} requests a second")),
                 level.peak_requests_per_s,
                 level.peak_clients,
                 level.table().text()
@@ -296,7 +340,13 @@ impl Part for Latency {
 
 impl Level {
     fn new(name: &'static str) -> Self {
-        Self { name, peak_requests_per_s: 0.0, peak_clients: 0, changes: Vec::new() }
+        Self {
+            name,
+            peak_requests_per_s: 0.0,
+            peak_clients: 0,
+            paced_requests_per_s: None,
+            changes: Vec::new(),
+        }
     }
 
     fn table(&self) -> Table {
