@@ -109,52 +109,19 @@ struct Grow {
     addresses: HashMap<NodeId, NodeAddress>,
 }
 
-/// A node whose logs have been cut: each replica refuses its first tail, and has nothing to say in
-/// those after it.
-#[derive(Default)]
-struct Cut(Mutex<HashSet<u64>>);
-
 type Frames<T> = Pin<Box<dyn Stream<Item = std::result::Result<T, Status>> + Send>>;
 type Answer<T> = std::result::Result<Response<T>, Status>;
 
-#[tonic::async_trait]
-impl Replication for Cut {
-    type TailStream = Frames<v1::TailFrame>;
-    type PullStream = Frames<v1::PullFrame>;
-    type LeaseStream = Frames<v1::LeaseReply>;
+/// What a source sends, or why not.
+type Sent = std::result::Result<Frames<v1::TailFrame>, Status>;
 
-    async fn tail(&self, request: Request<v1::TailRequest>) -> Answer<Self::TailStream> {
-        if self.0.lock().insert(request.get_ref().replica_id) {
-            return Err(Status::failed_precondition("the log is cut"));
-        }
-        Ok(Response::new(Box::pin(futures::stream::pending())))
-    }
-
-    async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Answer<Self::PullStream> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    async fn lease(&self, _: Request<Streaming<v1::LeaseRequest>>) -> Answer<Self::LeaseStream> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    async fn position(&self, _: Request<v1::PositionRequest>) -> Answer<v1::PositionReply> {
-        Err(Status::unimplemented("not here"))
-    }
-
-    async fn promise(&self, _: Request<v1::PromiseRequest>) -> Answer<v1::PositionReply> {
-        Err(Status::unimplemented("not here"))
-    }
-}
-
-/// A node whose sources send what the test says, by the number of a source and what its target has;
-/// one that sends nothing is gone.
+/// A node whose sources send what the test says, by the number of a source and what its target has.
 struct Sends<F>(F);
 
 #[tonic::async_trait]
 impl<F> Replication for Sends<F>
 where
-    F: Fn(u64, u64) -> Option<Frames<v1::TailFrame>> + Send + Sync + 'static,
+    F: Fn(u64, u64) -> Sent + Send + Sync + 'static,
 {
     type TailStream = Frames<v1::TailFrame>;
     type PullStream = Frames<v1::PullFrame>;
@@ -162,8 +129,7 @@ where
 
     async fn tail(&self, request: Request<v1::TailRequest>) -> Answer<Self::TailStream> {
         let request = request.get_ref();
-        let frames = (self.0)(request.replica_id, request.after_lsn);
-        frames.map(Response::new).ok_or_else(|| Status::unavailable("it is gone"))
+        (self.0)(request.replica_id, request.after_lsn).map(Response::new)
     }
 
     async fn pull(&self, _: Request<Streaming<v1::PullMessage>>) -> Answer<Self::PullStream> {
@@ -446,7 +412,15 @@ async fn a_tail_whose_log_is_cut_goes_on_inside_a_chunk() {
         assert_eq!(grow.bucket.create(&key, chunk.encode()).await.unwrap(), Create::Created);
         heads.insert(replica.id, last_lsn);
     }
-    grow.addresses.insert(NodeId(1), listen(Cut::default()).await);
+    // Each refuses its first tail, and has nothing to say in those after it.
+    let met = Mutex::new(HashSet::new());
+    let node = Sends(move |source: u64, _after: u64| -> Sent {
+        if met.lock().insert(source) {
+            return Err(Status::failed_precondition("the log is cut"));
+        }
+        Ok(Box::pin(futures::stream::pending()))
+    });
+    grow.addresses.insert(NodeId(1), listen(node).await);
     let rig = target_rig();
     let target = rig.create();
     grow.build(&rig, &target, |progress| tailing(progress) && progress.cursors == heads).await;
@@ -459,7 +433,7 @@ async fn a_cursor_counts_once_what_it_covers_is_durable() {
     let mut grow = Grow::prepare().await;
     let (may, allowed) = watch::channel(0);
     // A source is sealed right behind what the target has, once it may.
-    let node = Sends(move |source: u64, after: u64| -> Option<Frames<v1::TailFrame>> {
+    let node = Sends(move |source: u64, after: u64| -> Sent {
         let mut may = allowed.clone();
         let sealed = async move {
             while *may.borrow_and_update() < source {
@@ -469,7 +443,7 @@ async fn a_cursor_counts_once_what_it_covers_is_durable() {
         };
         let open = futures::stream::iter([Ok(frame(after, false))]);
         let frames = open.chain(futures::stream::once(sealed)).chain(futures::stream::pending());
-        Some(Box::pin(frames))
+        Ok(Box::pin(frames))
     });
     grow.addresses.insert(NodeId(1), listen(node).await);
     let pinned = |at: usize| grow.plan.sources[at].manifest.as_ref().unwrap().lsn;
@@ -513,14 +487,14 @@ async fn a_cursor_counts_once_what_it_covers_is_durable() {
 async fn what_a_source_has_sent_counts_though_it_is_gone() {
     let mut grow = Grow::prepare().await;
     let met = Mutex::new(HashSet::new());
-    let node = Sends(move |source: u64, after: u64| -> Option<Frames<v1::TailFrame>> {
+    let node = Sends(move |source: u64, after: u64| -> Sent {
         if !met.lock().insert(source) {
-            return None;
+            return Err(Status::unavailable("it is gone"));
         }
         // So many that not each of them is due to be synced.
         let sent = (1..=BEHIND).map(move |more| frame(after + more, false));
         let dies = futures::stream::iter([Err(Status::unavailable("it dies"))]);
-        Some(Box::pin(futures::stream::iter(sent).map(Ok::<_, Status>).chain(dies)))
+        Ok(Box::pin(futures::stream::iter(sent).map(Ok::<_, Status>).chain(dies)))
     });
     grow.addresses.insert(NodeId(1), listen(node).await);
     let sent = grow.plan.sources.iter().map(|source| {
