@@ -1,8 +1,12 @@
 //! Networks that can be cut: namespaces on a separate bridge, and ports that drop all packets.
 //!
-//! **Invariant:** every resource made here is removed when its owner is dropped. Root is required;
-//! a test without it fails and prints the reason.
+//! **Invariants**
+//! - Every resource made here is removed when its owner is dropped. Root is required; a test without
+//!   it fails and prints the reason.
+//! - Two networks never have the same addresses, whichever processes made them, and whatever a
+//!   process that was killed has left behind.
 
+use std::fs::File;
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -47,11 +51,47 @@ pub fn available() -> bool {
     made.is_ok()
 }
 
+/// Subnets that networks choose from.
+const SUBNETS: u32 = 250;
+
+/// A subnet that no other network has, until this is dropped.
+#[derive(Debug)]
+struct Subnet {
+    number: u32,
+    /// Locked; the lock ends with the process.
+    _claim: File,
+}
+
+impl Subnet {
+    /// Claims the first free one behind a number.
+    fn claim(from: u32) -> Result<Self> {
+        let present = output("ip", &["-o", "-4", "addr", "show"])?;
+        for number in (0..SUBNETS).map(|more| (from % SUBNETS + more) % SUBNETS + 1) {
+            let path = std::env::temp_dir().join(format!("vasto-subnet-{number}.lock"));
+            let claim = File::create(&path).with_context(|| format!("{}", path.display()))?;
+            // What a killed process left behind has its address without a lock.
+            let is_free = claim.try_lock().is_ok()
+                && !present.contains(&format!(" {}/", address(number, None)));
+            if is_free {
+                return Ok(Self { number, _claim: claim });
+            }
+        }
+        anyhow::bail!(
+            "all subnets 10.77.x.0/24 are in use: `ip link` shows bridges vb* of tests that were killed"
+        )
+    }
+}
+
+/// Returns the address of a host of a subnet, or of the caller.
+fn address(subnet: u32, host: Option<usize>) -> String {
+    format!("10.77.{subnet}.{}", host.map_or(1, |host| host + 10))
+}
+
 /// Hosts on a separate network; the caller is on it too, with the first address.
 #[derive(Debug)]
 pub struct Network {
     bridge: String,
-    subnet: u32,
+    subnet: Subnet,
     hosts: usize,
 }
 
@@ -65,7 +105,7 @@ impl Network {
         // The kernel takes 15 characters for the name of a link, which is the longest name made of
         // this.
         let bridge = format!("vb{}n{}", id % 1_000_000, number % 1_000);
-        let network = Self { bridge, subnet: (id + 7 * number) % 250 + 1, hosts };
+        let network = Self { bridge, subnet: Subnet::claim(id.wrapping_add(7 * number))?, hosts };
         run("ip", &["link", "add", &network.bridge, "type", "bridge"])?;
         run(
             "ip",
@@ -109,7 +149,7 @@ impl Network {
 
     /// Returns the address of a host, or of the caller.
     pub fn address(&self, host: Option<usize>) -> String {
-        format!("10.77.{}.{}", self.subnet, host.map_or(1, |host| host + 10))
+        address(self.subnet.number, host)
     }
 
     fn inside(&self, host: usize, command: &[&str]) -> Result<()> {
@@ -209,7 +249,18 @@ impl Drop for SilentPort {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn a_subnet_is_claimed_once_until_its_network_is_gone() {
+        let first = Subnet::claim(u32::MAX).unwrap();
+        let second = Subnet::claim(u32::MAX).unwrap();
+        assert_ne!(first.number, second.number);
+        let number = first.number;
+        drop(first);
+        assert_eq!(Subnet::claim(u32::MAX).unwrap().number, number);
+    }
 
     #[test]
     fn the_packets_of_rules_that_drop_are_counted_and_no_others() {
