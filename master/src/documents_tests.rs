@@ -16,7 +16,6 @@ use vasto_core::catalog::{
 use vasto_core::error::VastoError;
 use vasto_core::ids::{KeyspaceId, Lsn, NodeId, PlanId, ReplicaId, ShardId};
 use vasto_core::operation::{OperationKind, OperationOutcome, OperationReport, Reached};
-use vasto_core::plan::{Plan, PlanKind, Step, Target};
 use vasto_core::reconcile::start_resize;
 use vasto_core::report::{
     PauseMs, ReplicaPhase, ReplicaReport, ReplicationReport, TargetProgress, TargetStage,
@@ -27,7 +26,7 @@ use vasto_shipping::{Bucket, ClusterSettings};
 use crate::api::{self, evict, keyspace, node, operation, restore, ship};
 use crate::cluster::{Cluster, Settings};
 use crate::driver::install;
-use crate::state::tests::{hello, replica_report};
+use crate::state::tests::{copy_in_tail, hello, replica_report};
 use crate::state::{ClusterState, Delivery, Sent};
 use crate::view::json;
 use crate::view::outcome::RepairedDoc;
@@ -143,20 +142,7 @@ fn users(drain: &NodeDrain) -> Catalog {
         reached: vec![Reached { shard: ShardId(0), replica: ReplicaId(1), lsn: Lsn(33) }],
     };
     catalog.draining_nodes.push(NodeDrain { to: Some(NodeId(2)), moved, ..drain.clone() });
-    catalog.plan = Some(Plan {
-        id: PlanId(3),
-        kind: PlanKind::AddReplica { shard: ShardId(0) },
-        from_epoch: catalog.epoch,
-        started_at_us: 6_000,
-        step: Step::Tail,
-        sources: Vec::new(),
-        targets: vec![Target { shard: ShardId(0), replica: ReplicaId(2), node: NodeId(2) }],
-        seals_undone: 0,
-        floor: None,
-        paused: false,
-        max_rate: None,
-        estimate: None,
-    });
+    catalog.plan = Some(copy_in_tail(&catalog, 3, 2, 6_000));
     catalog
 }
 

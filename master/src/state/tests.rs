@@ -7,7 +7,9 @@ use tokio::sync::oneshot;
 use vasto_core::catalog::{Catalog, KeyspaceSpec};
 use vasto_core::ids::{CatalogVersion, Incarnation, Lsn, PlanId, ReplicaId, ShardId};
 use vasto_core::limits::{COPIES_PER_NODE_MAX, NODE_FORGOTTEN_AFTER};
-use vasto_core::plan::{NODE_AWAY_MAX_US, PinnedManifest, SEALS_UNDONE_MAX, Step};
+use vasto_core::plan::{
+    NODE_AWAY_MAX_US, PinnedManifest, Plan, PlanKind, SEALS_UNDONE_MAX, Step, Target,
+};
 use vasto_core::reconcile::{Advance, Presence, start_resize};
 use vasto_core::report::{
     ReplicaPhase, ReplicaReport, Sealed, SourceProgress, TargetProgress, TargetStage,
@@ -15,6 +17,25 @@ use vasto_core::report::{
 use vasto_proto::v1;
 
 const KS: KeyspaceId = KeyspaceId(1);
+
+/// Returns the plan that copies shard 0 to node 2, as this replica, while it reads the log.
+pub(crate) fn copy_in_tail(catalog: &Catalog, plan: u64, replica: u64, started_at_us: u64) -> Plan {
+    let shard = ShardId(0);
+    Plan {
+        id: PlanId(plan),
+        kind: PlanKind::AddReplica { shard },
+        from_epoch: catalog.epoch,
+        started_at_us,
+        step: Step::Tail,
+        sources: Vec::new(),
+        targets: vec![Target { shard, replica: ReplicaId(replica), node: NodeId(2) }],
+        seals_undone: 0,
+        floor: None,
+        paused: false,
+        max_rate: None,
+        estimate: None,
+    }
+}
 
 pub(crate) fn hello(node: u64, address: &str) -> v1::Hello {
     v1::Hello {

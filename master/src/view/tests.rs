@@ -10,13 +10,12 @@ use super::status::{check, cluster};
 use super::*;
 use crate::forecast::resize::resize;
 use crate::forecast::time::Paces;
-use crate::state::tests::{replica_report, two_nodes};
+use crate::state::tests::{copy_in_tail, replica_report, two_nodes};
 use crate::state::{ClusterState, Delivery, Keyspace};
 use serde_json::{Value, json as value};
 use vasto_core::catalog::{NodeDrain, Quarantine, RetiredReplica};
-use vasto_core::ids::{KeyspaceId, NodeId, PlanId, ReplicaId, ShardId};
+use vasto_core::ids::{KeyspaceId, NodeId, PlanId, ShardId};
 use vasto_core::operation::{OperationKind, OperationOutcome, operation_id};
-use vasto_core::plan::{Plan, PlanKind, Step, Target};
 use vasto_core::reconcile::start_resize;
 use vasto_core::report::{ReplicaPhase, ReplicaReport, TargetProgress};
 use vasto_proto::v1;
@@ -182,26 +181,12 @@ fn an_estimate_adds_up() {
 fn a_drain_counts_the_bytes_of_its_own_copies_and_not_those_of_a_repair() {
     let (mut state, _, second) = two_nodes();
     let leaving = NodeDrain::new(NodeId(1), false, 20);
-    let copy = Target { shard: ShardId(0), replica: ReplicaId(3), node: NodeId(2) };
     for (wanted, bytes) in [(2, 0), (1, 100)] {
         // With two wanted, the shard lacks a replica whether or not the node is drained.
         let mut next = state.keyspaces[&KS].catalog.next(30, 2);
         next.spec.replicas = wanted;
         next.draining_nodes = vec![leaving.clone()];
-        next.plan = Some(Plan {
-            id: PlanId(7),
-            kind: PlanKind::AddReplica { shard: ShardId(0) },
-            from_epoch: next.epoch,
-            started_at_us: 30,
-            step: Step::Tail,
-            sources: Vec::new(),
-            targets: vec![copy],
-            seals_undone: 0,
-            floor: None,
-            paused: false,
-            max_rate: None,
-            estimate: None,
-        });
+        next.plan = Some(copy_in_tail(&next, 7, 3, 30));
         let version = next.version.0;
         state.install(next, Delivery::Push);
         let progress = TargetProgress { bytes_total: 100, ..TargetProgress::new(PlanId(7)) };
